@@ -1,0 +1,146 @@
+"""The fabric interface: who provides memory that peers can map, and engines that copy it.
+
+Everything above this file (weights, pipeline, runtime) is written against these classes, so a fabric
+is complete when it implements them. Two rules keep the interface implementable with CUDA's virtual
+memory management as well as with ``mmap``:
+
+* a :class:`Region` is always mapped whole, at offset 0 of itself (``cuMemMap`` accepts no other offset);
+* an :class:`Event` behaves like a CUDA event: ``record`` and ``CopyEngine.submit`` issue a new
+  generation, and a wait refers to the generation issued last, not to one issued later.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class FabricError(RuntimeError):
+    """A memory, mapping, descriptor or copy operation failed.
+
+    The text names the call, the operating system's or driver's own words, and the sizes involved.
+    """
+
+
+class Copy(NamedTuple):
+    """One slice of a fetch, as plain addresses of this process."""
+
+    dst: int
+    src: int
+    num_bytes: int
+
+
+class Region(Protocol):
+    """A piece of physical memory that peers can map: a memfd, or a ``cuMemCreate`` handle."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def close(self) -> None:
+        """Drop this process's handle. Mappings of the region, here and in peers, stay valid."""
+
+
+class AddressRange(Protocol):
+    """A reserved range of addresses of this process, into which regions are mapped."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    def map(self, offset: int, region: Any, *, writable: bool) -> None:
+        """Map all of ``region`` at ``offset`` (a multiple of the granularity), replacing what was there."""
+
+    def bytes_tensor(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """A ``uint8 [num_bytes]`` view, without a copy. The view keeps the mapping alive."""
+
+    def close(self) -> None:
+        """Give the range up. It is unmapped when the last tensor that views it is gone."""
+
+
+class Event(Protocol):
+    def record(self) -> None:
+        """Issue a generation that completes when the compute work submitted so far has finished."""
+
+    def query(self) -> bool:
+        """Whether the generation issued last has completed (true if none was issued)."""
+
+    def wait(self) -> float:
+        """Make compute wait for the generation issued last. Returns seconds the host stood still."""
+
+
+class CopyEngine(Protocol):
+    """Moves bytes in the background, one lane per source, all lanes at once."""
+
+    def prepare(self, lanes: Sequence[Sequence[Copy]]) -> Any:
+        """Lay out a fetch once, so that submitting it costs no allocation. Returns an opaque fetch."""
+
+    def submit(self, fetch: Any, *, after: Event | None, done: Event) -> None:
+        """Start ``fetch`` once the last generation of ``after`` has completed; complete ``done`` at its end.
+
+        Returns at once. Fetches submitted to one engine run in submission order on each lane.
+        """
+
+    def close(self) -> None:
+        """Finish what was submitted and stop. Idempotent."""
+
+
+class Fabric(ABC):
+    """Memory and copy engines of one kind of device.
+
+    Attributes:
+        name: ``"host"`` or ``"cuda"``.
+        granularity: bytes; offsets and sizes of every mapping are multiples of it.
+    """
+
+    name: str
+    granularity: int
+
+    @abstractmethod
+    def allocate(self, num_bytes: int) -> Region:
+        """Physical memory of ``num_bytes`` (a positive multiple of the granularity), zeroed.
+
+        Raises:
+            FabricError: the memory is not there.
+        """
+
+    @abstractmethod
+    def reserve(self, num_bytes: int) -> AddressRange:
+        """An address range with nothing mapped into it yet."""
+
+    @abstractmethod
+    def event(self) -> Event: ...
+
+    @abstractmethod
+    def copy_engine(self, num_lanes: int, lane_depth: int) -> CopyEngine:
+        """An engine of ``num_lanes`` lanes that keeps up to ``lane_depth`` slices of each in flight."""
+
+    @abstractmethod
+    def serve(self, token: bytes) -> str:
+        """Start handing out published regions to this group's processes; returns the address to connect to.
+
+        ``token`` (16 bytes) must be presented by whoever connects.
+        """
+
+    @abstractmethod
+    def publish(self, name: str, regions: Sequence[Region]) -> None:
+        """Make ``regions`` available to peers under ``name``."""
+
+    @abstractmethod
+    def fetch_regions(
+        self, address: str, token: bytes, name: str, sizes: Sequence[int], timeout_s: float
+    ) -> list[Region]:
+        """Regions that the peer at ``address`` published under ``name``; read-only when mapped.
+
+        Raises:
+            FabricError: no answer in time, the peer refused, or a size differs from ``sizes``.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop serving. Regions and ranges handed out before stay valid. Idempotent."""

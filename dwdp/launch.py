@@ -1,0 +1,124 @@
+"""Which rank this process is: read from the launcher that started it.
+
+torchrun, mpirun (Open MPI, MPICH and their relatives) and srun tell a process its rank in the
+environment. dwdp's own launcher uses the ``DWDP_*`` variables below, which win over the others.
+
+| variable | meaning |
+| --- | --- |
+| DWDP_RANK, DWDP_WORLD_SIZE | this process's rank and the number of ranks |
+| DWDP_RENDEZVOUS | host:port of the group's store |
+| DWDP_STORE_IS_SERVED | 1: the launcher serves the store; otherwise rank 0 does |
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+DWDP_RANK = "DWDP_RANK"
+DWDP_WORLD_SIZE = "DWDP_WORLD_SIZE"
+DWDP_RENDEZVOUS = "DWDP_RENDEZVOUS"
+DWDP_STORE_IS_SERVED = "DWDP_STORE_IS_SERVED"
+
+_RANK_VARIABLES = (
+    ("torchrun", "RANK", "WORLD_SIZE"),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("mpirun", "PMI_RANK", "PMI_SIZE"),
+)
+_JOB_VARIABLES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID", "SLURM_STEP_ID")
+_FIRST_DERIVED_PORT, _NUM_DERIVED_PORTS = 20000, 10000
+
+
+class LaunchError(ValueError):
+    """The launcher's environment is incomplete or contradicts itself."""
+
+
+@dataclass(frozen=True)
+class LaunchInfo:
+    """What the launcher says about this process.
+
+    Attributes:
+        launcher: ``"dwdp"``, ``"torchrun"``, ``"mpirun"`` or ``"srun"``.
+        rank: 0 to size - 1.
+        size: ranks started together.
+        host, port: where the group's store is, or will be.
+        store_is_served: whether somebody outside the group serves the store; otherwise rank 0 does.
+    """
+
+    launcher: str
+    rank: int
+    size: int
+    host: str
+    port: int
+    store_is_served: bool
+
+
+def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | None:
+    """This process's rank, or None when no launcher started it.
+
+    Raises:
+        LaunchError: a variable is missing, is no number, or the rank is outside the size.
+    """
+    if DWDP_RANK in environ:
+        launcher, rank_key, size_key = "dwdp", DWDP_RANK, DWDP_WORLD_SIZE
+    else:
+        for launcher, rank_key, size_key in _RANK_VARIABLES:
+            if rank_key in environ:
+                break
+        else:
+            # salloc and sbatch set SLURM_PROCID too; only a step started by srun has a step's id.
+            if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
+                return None
+            launcher, rank_key, size_key = "srun", "SLURM_PROCID", "SLURM_NTASKS"
+    rank, size = _number(environ, launcher, rank_key), _number(environ, launcher, size_key)
+    if not 0 <= rank < size:
+        raise LaunchError(
+            f"{launcher} says rank {rank} of {size} ({rank_key}, {size_key}): "
+            "a rank lies between 0 and the size less one"
+        )
+    host, port = _rendezvous(environ, launcher)
+    served = (
+        environ.get(DWDP_STORE_IS_SERVED) == "1"
+        if launcher == "dwdp"
+        else environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    )
+    return LaunchInfo(launcher, rank, size, host, port, served)
+
+
+def _number(environ: Mapping[str, str], launcher: str, key: str) -> int:
+    text = environ.get(key)
+    if text is None:
+        raise LaunchError(f"{launcher} set no {key}; start every rank with the same launcher")
+    try:
+        return int(text)
+    except ValueError:
+        raise LaunchError(f"{key}={text!r} (set by {launcher}) is not a number") from None
+
+
+def _rendezvous(environ: Mapping[str, str], launcher: str) -> tuple[str, int]:
+    if DWDP_RENDEZVOUS in environ:
+        return parse_address(environ[DWDP_RENDEZVOUS], DWDP_RENDEZVOUS)
+    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
+        return environ["MASTER_ADDR"], _number(environ, launcher, "MASTER_PORT")
+    if launcher in ("dwdp", "torchrun"):
+        raise LaunchError(f"{launcher} set no {DWDP_RENDEZVOUS} and no MASTER_ADDR and MASTER_PORT")
+    # mpirun and srun name no port: every rank derives the same one from the job's name.
+    job = ".".join(environ[key] for key in _JOB_VARIABLES if key in environ)
+    if not job:
+        raise LaunchError(f"{launcher} names no job; set {DWDP_RENDEZVOUS}=host:port on every rank")
+    host = environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    return host, _FIRST_DERIVED_PORT + zlib.crc32(job.encode()) % _NUM_DERIVED_PORTS
+
+
+def parse_address(text: str, what: str) -> tuple[str, int]:
+    """``"host:port"`` as a pair.
+
+    Raises:
+        LaunchError: not of that form, or the port is not between 1 and 65535.
+    """
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise LaunchError(f"{what}={text!r} is not host:port")
+    return host, int(port)
