@@ -22,7 +22,10 @@ class DwdpConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dwdp_size: int = Field(
-        default=1, ge=1, le=MAX_RANKS, description="Ranks in the group; together they hold every expert."
+        default=1,
+        ge=1,
+        le=MAX_RANKS,
+        description="Ranks in the group; together they hold every expert.",
     )
     num_experts_per_worker: int | None = Field(
         default=None,
@@ -60,7 +63,9 @@ class DwdpConfig(BaseModel):
         default=1, ge=1, le=16, description="Slices in flight per source (staged)."
     )
     setup_timeout_s: float = Field(
-        default=600.0, gt=0, description="Seconds a rank waits for its peers while the group is set up."
+        default=600.0,
+        gt=0,
+        description="Seconds a rank waits for its peers while the group is set up.",
     )
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Group:
         self.size = size
         self._store = store
         self._timeout_s = timeout_s
-        self._failed = False
+        self._num_exchanges: Counter[str] = Counter()
         self._peers: tuple[ProcessIdentity, ...] = ()
         identity = ProcessIdentity.current()
         self._host = identity.host
@@ -130,9 +131,7 @@ class Group:
                 f"rank {launch.rank} could not reach the group's store at "
                 f"{launch.host}:{launch.port} within {timeout_s:.0f} s"
             ) from error
-        return cls(
-            launch.rank, launch.size, PrefixStore(_STORE_PREFIX, store), timeout_s=timeout_s
-        )
+        return cls(launch.rank, launch.size, PrefixStore(_STORE_PREFIX, store), timeout_s=timeout_s)
 
     @property
     def is_one_host(self) -> bool:
@@ -141,14 +140,19 @@ class Group:
     def exchange(self, key: str, value: bytes) -> list[bytes]:
         """Publish ``value`` under ``key`` and return every rank's value, in rank order.
 
+        A key can be used again: the n-th exchange of it meets the n-th of the peers.
+
         Raises:
             PeerFailure: a peer failed or died.
             GroupError: a peer did not answer in time.
         """
+        numbered = f"{key}#{self._num_exchanges[key]}"
+        self._num_exchanges[key] += 1
+        keys = [f"{numbered}/{rank}" for rank in range(self.size)]
         with self._store_errors():
-            self._store.set(f"{key}/{self.rank}", value)
-            self._wait([f"{key}/{rank}" for rank in range(self.size)], key)
-            return [self._store.get(f"{key}/{rank}") for rank in range(self.size)]
+            self._store.set(keys[self.rank], value)
+            self._wait(keys, key)
+            return [self._store.get(key) for key in keys]
 
     def barrier(self, key: str) -> None:
         """Wait until every rank has come to ``key``. Set-up only."""
@@ -156,7 +160,6 @@ class Group:
 
     def fail(self, message: str) -> None:
         """Tell the peers that this rank's set-up failed. The first rank to fail is the one quoted."""
-        self._failed = True
         report_failure(self._store, self.rank, message)
         self._let_peers_read()
 
@@ -181,7 +184,7 @@ class Group:
                 raise PeerFailure(failure["rank"], failure["message"])
             now = time.monotonic()
             if now > next_liveness:
-                self._check_liveness(what)
+                self._check_liveness(keys)
                 next_liveness = now + _LIVENESS_S
             if now > deadline:
                 silent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
@@ -191,12 +194,12 @@ class Group:
                 )
             time.sleep(_POLL_S)
 
-    def _check_liveness(self, what: str) -> None:
+    def _check_liveness(self, keys: list[str]) -> None:
         for rank, peer in enumerate(self._peers):
             if rank == self.rank or peer.host != self._host or peer.is_alive():
                 continue
             # A rank that failed properly says so before it ends: its own words come first.
-            if not self._store.check([_FAILURE]) and not self._store.check([f"{what}/{rank}"]):
+            if not self._store.check([_FAILURE]) and not self._store.check([keys[rank]]):
                 report_failure(self._store, rank, f"process {peer.pid} died during set-up")
 
     def _let_peers_read(self, patience_s: float = 5.0) -> None:

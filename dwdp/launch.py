@@ -23,6 +23,7 @@ DWDP_RENDEZVOUS = "DWDP_RENDEZVOUS"
 DWDP_STORE_IS_SERVED = "DWDP_STORE_IS_SERVED"
 
 _RANK_VARIABLES = (
+    ("dwdp", DWDP_RANK, DWDP_WORLD_SIZE),
     ("torchrun", "RANK", "WORLD_SIZE"),
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("mpirun", "PMI_RANK", "PMI_SIZE"),
@@ -61,17 +62,10 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | Non
     Raises:
         LaunchError: a variable is missing, is no number, or the rank is outside the size.
     """
-    if DWDP_RANK in environ:
-        launcher, rank_key, size_key = "dwdp", DWDP_RANK, DWDP_WORLD_SIZE
-    else:
-        for launcher, rank_key, size_key in _RANK_VARIABLES:
-            if rank_key in environ:
-                break
-        else:
-            # salloc and sbatch set SLURM_PROCID too; only a step started by srun has a step's id.
-            if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
-                return None
-            launcher, rank_key, size_key = "srun", "SLURM_PROCID", "SLURM_NTASKS"
+    found = _find_launcher(environ)
+    if found is None:
+        return None
+    launcher, rank_key, size_key = found
     rank, size = _number(environ, launcher, rank_key), _number(environ, launcher, size_key)
     if not 0 <= rank < size:
         raise LaunchError(
@@ -85,6 +79,16 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | Non
         else environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     )
     return LaunchInfo(launcher, rank, size, host, port, served)
+
+
+def _find_launcher(environ: Mapping[str, str]) -> tuple[str, str, str] | None:
+    for launcher, rank_key, size_key in _RANK_VARIABLES:
+        if rank_key in environ:
+            return launcher, rank_key, size_key
+    # salloc and sbatch set SLURM_PROCID too; only a step started by srun has a step's id.
+    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
+        return "srun", "SLURM_PROCID", "SLURM_NTASKS"
+    return None
 
 
 def _number(environ: Mapping[str, str], launcher: str, key: str) -> int:

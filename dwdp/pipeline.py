@@ -117,6 +117,9 @@ class Pipeline:
         slot = self._slots[layer]
         if self._staged[slot] != layer:
             self.stats.num_refetches += 1
+            # What was fetched for another layer may still be arriving: it must not overtake this.
+            self._ready[slot].wait()
+            self._free[slot].record()
             self._fetch(layer)
         waited_s = self._ready[slot].wait()
         if waited_s > 0:

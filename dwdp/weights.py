@@ -51,7 +51,9 @@ class LayerSpec:
     def __post_init__(self) -> None:
         counts = {tensor.num_experts for tensor in self.tensors}
         if len(counts) != 1:
-            raise ValueError(f"expert tensors of {self.name} hold {sorted(counts)} experts; one count is needed")
+            raise ValueError(
+                f"expert tensors of {self.name} hold {sorted(counts)} experts; one count is needed"
+            )
 
     @property
     def num_experts(self) -> int:
@@ -162,7 +164,9 @@ class ExpertWeights:
         """
         tensor = next((t for t in self._tensors[layer] if t.spec.name == name), None)
         if tensor is None or not self.placement(layer).is_resident(self._group.rank, expert):
-            raise KeyError(f"expert {expert} of {name!r} in layer {layer} is not stored on this rank")
+            raise KeyError(
+                f"expert {expert} of {name!r} in layer {layer} is not stored on this rank"
+            )
         assert tensor.home is not None, "destination() before allocate() or after fill_edges()"
         num_bytes = tensor.spec.expert_bytes
         raw = tensor.home.bytes_tensor(expert * num_bytes, num_bytes)
@@ -358,7 +362,9 @@ class ExpertWeights:
     ) -> Copy:
         source = self._view(layer[piece.tensor], piece.source)
         return Copy(
-            buffers[piece.tensor].address + piece.start, source.address + piece.start, piece.num_bytes
+            buffers[piece.tensor].address + piece.start,
+            source.address + piece.start,
+            piece.num_bytes,
         )
 
     def _slot_buffer(self, layout: TensorLayout) -> _SlotBuffer:

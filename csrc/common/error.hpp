@@ -1,0 +1,52 @@
+// The one error type of the native core, and the checks that throw it.
+#pragma once
+
+#include <cerrno>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace dwdp {
+
+template <typename... Parts>
+std::string concat(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+// A memory, mapping, descriptor or copy operation failed. Python sees dwdp.fabric.base.FabricError.
+class FabricError : public std::runtime_error {
+ public:
+  explicit FabricError(const std::string& message);
+
+  // `call` failed with `error_number`; `detail` says what was being done, with sizes.
+  FabricError(const std::string& call, int error_number, const std::string& detail);
+
+  // Empty and 0 when no system call is behind the error.
+  const std::string& call() const noexcept { return call_; }
+  int error_number() const noexcept { return error_number_; }
+
+ private:
+  std::string call_;
+  int error_number_ = 0;
+};
+
+}  // namespace dwdp
+
+// Throws FabricError with the remaining arguments as its text. They are evaluated on failure only.
+#define DWDP_CHECK(condition, ...)                            \
+  do {                                                        \
+    if (!(condition)) {                                       \
+      throw ::dwdp::FabricError(::dwdp::concat(__VA_ARGS__)); \
+    }                                                         \
+  } while (false)
+
+// The same after a system call named `call`, adding what errno says.
+#define DWDP_CHECK_ERRNO(condition, call, ...)                                           \
+  do {                                                                                   \
+    if (!(condition)) {                                                                  \
+      const int dwdp_error_number = errno;                                               \
+      throw ::dwdp::FabricError((call), dwdp_error_number, ::dwdp::concat(__VA_ARGS__)); \
+    }                                                                                    \
+  } while (false)

@@ -1,0 +1,72 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "host/event.hpp"
+
+namespace dwdp::host {
+
+// One slice of a fetch.
+struct Copy {
+  void* dst;
+  const void* src;
+  std::size_t num_bytes;
+};
+
+// Slices laid out per lane, in the order in which they are copied. Immutable, so that one fetch can
+// be submitted any number of times.
+class Fetch {
+ public:
+  // Throws FabricError for a slice that is empty, overlaps itself or has a null address.
+  explicit Fetch(std::vector<std::vector<Copy>> lanes);
+
+  const std::vector<std::vector<Copy>>& lanes() const noexcept { return lanes_; }
+  std::size_t num_slices() const noexcept { return num_slices_; }
+  std::size_t num_bytes() const noexcept { return num_bytes_; }
+
+ private:
+  std::vector<std::vector<Copy>> lanes_;
+  std::size_t num_slices_ = 0;
+  std::size_t num_bytes_ = 0;
+};
+
+// Copies fetches in the background. Each lane has a queue and `lane_depth` threads that take its
+// slices in order, so that many slices of a lane are in flight and all lanes run at once.
+//
+// On each lane, fetches run in the order of submission: the slices of one start when those of the
+// fetch before have all been taken (not copied: the events order what must be ordered).
+class CopyEngine {
+ public:
+  CopyEngine(std::size_t num_lanes, std::size_t lane_depth);
+  CopyEngine(const CopyEngine&) = delete;
+  CopyEngine& operator=(const CopyEngine&) = delete;
+  ~CopyEngine() noexcept;
+
+  std::size_t num_lanes() const noexcept { return num_lanes_; }
+  std::size_t lane_depth() const noexcept { return lane_depth_; }
+  std::uint64_t num_bytes_copied() const noexcept;
+
+  // `lanes`: at most num_lanes of them. The addresses must stay mapped until the fetch is done.
+  std::shared_ptr<const Fetch> prepare(std::vector<std::vector<Copy>> lanes) const;
+
+  // Starts `fetch` once the generation of `after` (may be null) issued last has completed, and
+  // issues one of `done` that completes with the last slice. Returns at once. Throws FabricError
+  // after close() and in a forked child, where the threads do not exist.
+  void submit(std::shared_ptr<const Fetch> fetch, std::shared_ptr<Event> after,
+              std::shared_ptr<Event> done);
+
+  // Finishes what was submitted and ends the threads. Idempotent.
+  void close() noexcept;
+
+ private:
+  class State;
+
+  std::size_t num_lanes_;
+  std::size_t lane_depth_;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace dwdp::host

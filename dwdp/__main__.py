@@ -1,0 +1,7 @@
+"""``python -m dwdp`` is the ``dwdp`` command."""
+
+from __future__ import annotations
+
+from dwdp.cli.main import main
+
+main()

@@ -1,0 +1,166 @@
+"""Set-up: ranks find each other, and the failure or death of one ends all with its message."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from ranks import run_ranks
+
+from dwdp.group import (
+    Group,
+    GroupError,
+    PeerFailure,
+    ProcessIdentity,
+    prefixed,
+    report_failure,
+    serve_store,
+)
+
+MEMBER = """
+import os, signal, sys, time
+from dwdp.group import Group, PeerFailure
+from dwdp.launch import discover_launch
+launch = discover_launch()
+group = Group.join(launch, timeout_s=60)
+action = sys.argv[1] if launch.rank == 1 else "wait"
+try:
+    with group.setting_up():
+        group.barrier("joined")
+        if action == "raise":
+            raise ValueError("the checkpoint is corrupt")
+        if action == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        group.barrier("done")
+except PeerFailure as failure:
+    print(failure)
+    sys.exit(3)
+print("ok", group.is_one_host, group.token.hex())
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_members(size: int, action: str, *, served: bool) -> tuple[list[int], list[str], float]:
+    """Exit codes, outputs, and the seconds from the last start to the last end."""
+    store = serve_store("127.0.0.1", 0, size) if served else None
+    port = store.port if store is not None else free_port()
+    members = []
+    for rank in range(size):
+        environ = {
+            **os.environ,
+            "DWDP_RANK": str(rank),
+            "DWDP_WORLD_SIZE": str(size),
+            "DWDP_RENDEZVOUS": f"127.0.0.1:{port}",
+            "DWDP_STORE_IS_SERVED": "1" if served else "0",
+        }
+        members.append(
+            subprocess.Popen(
+                [sys.executable, "-c", MEMBER, action],
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    started = time.monotonic()
+    outputs = []
+    for member in members:
+        out, err = member.communicate(timeout=60)
+        outputs.append(out + err)
+    return [member.returncode for member in members], outputs, time.monotonic() - started
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["launcher's store", "rank 0's store"])
+def test_ranks_meet(served: bool) -> None:
+    codes, outputs, _ = run_members(3, "nothing", served=served)
+    assert codes == [0, 0, 0], outputs
+    assert len({output.strip() for output in outputs}) == 1
+    assert outputs[0].startswith("ok True")
+
+
+@pytest.mark.parametrize("served", [True, False], ids=["launcher's store", "rank 0's store"])
+@pytest.mark.parametrize(
+    ("action", "code", "text"),
+    [
+        ("raise", 1, "rank 1: the checkpoint is corrupt"),
+        ("die", -signal.SIGKILL, r"rank 1: process \d+ died during set-up"),
+    ],
+)
+def test_one_failure_ends_all_with_its_message(
+    served: bool, action: str, code: int, text: str
+) -> None:
+    import re
+
+    codes, outputs, _ = run_members(3, action, served=served)
+    assert codes == [3, code, 3], outputs
+    assert re.search(text, outputs[0])
+    assert re.search(text, outputs[2])
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    from torch.distributed import HashStore
+
+    with pytest.raises(GroupError, match=r"no answer from rank\(s\) 1, 2 within 0 s"):
+        Group(0, 3, HashStore(), timeout_s=0.2)
+
+
+def test_a_taken_port_is_refused_by_name() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(GroupError, match=f"127.0.0.1:{port}: Address already in use"):
+            serve_store("127.0.0.1", port, 1)
+
+
+def test_the_store_listens_on_loopback_alone() -> None:
+    store = serve_store("127.0.0.1", 0, 1)
+    with open("/proc/net/tcp", encoding="ascii") as file:
+        rows = [line.split()[1] for line in file if line.split()[3] == "0A"]
+    assert [row for row in rows if row.endswith(f":{store.port:04X}")] == [
+        f"0100007F:{store.port:04X}"
+    ]
+
+
+def test_the_first_failure_is_the_one_quoted() -> None:
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    report_failure(store, 2, "first")
+    report_failure(store, 0, "second")
+    with pytest.raises(PeerFailure, match="rank 2: first"):
+        Group(0, 2, store, timeout_s=5)
+
+
+def test_a_failure_reported_by_the_launcher_reaches_the_group() -> None:
+    store = serve_store("127.0.0.1", 0, 2)
+    report_failure(prefixed(store), 1, "did not start")
+    with pytest.raises(PeerFailure, match="rank 1: did not start"):
+        Group(0, 2, prefixed(store), timeout_s=5)
+
+
+def test_exchange_is_in_rank_order() -> None:
+    values = run_ranks(4, lambda group: group.exchange("x", str(group.rank).encode()))
+    assert values == [[b"0", b"1", b"2", b"3"]] * 4
+
+
+def test_a_group_of_one_needs_nobody() -> None:
+    group = Group.single()
+    group.barrier("alone")
+    assert group.exchange("x", b"y") == [b"y"]
+
+
+def test_a_recycled_pid_is_not_the_same_process() -> None:
+    mine = ProcessIdentity.current()
+    assert mine.is_alive()
+    assert not ProcessIdentity(mine.host, mine.pid, mine.start_ticks + 1).is_alive()

@@ -1,0 +1,104 @@
+"""Invariants 1 and 6: after attach, no rank waits for another, stopped or dead."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dwdp.group import serve_store
+
+HERE = Path(__file__).parent
+NUM_RANKS = 3
+
+
+class Rank:
+    def __init__(self, rank: int, port: int, mode: str) -> None:
+        environ = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "DWDP_RANK": str(rank),
+            "DWDP_WORLD_SIZE": str(NUM_RANKS),
+            "DWDP_RENDEZVOUS": f"127.0.0.1:{port}",
+            "DWDP_STORE_IS_SERVED": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "worker.py"), mode],
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def ask(self, num_forwards: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{num_forwards}\n")
+        self.process.stdin.flush()
+
+    def end(self) -> str:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        last = self.read()
+        self.process.wait(30)
+        return last
+
+
+@pytest.fixture(params=["staged", "direct"])
+def ranks(request: pytest.FixtureRequest) -> Iterator[list[Rank]]:
+    store = serve_store("127.0.0.1", 0, NUM_RANKS)
+    started = [Rank(rank, store.port, request.param) for rank in range(NUM_RANKS)]
+    try:
+        assert [rank.read() for rank in started] == ["attached"] * NUM_RANKS
+        yield started
+    finally:
+        for rank in started:
+            rank.process.kill()
+            rank.process.wait()
+
+
+@pytest.mark.timeout(180)
+def test_a_stopped_or_dead_rank_stops_nobody(ranks: list[Rank]) -> None:
+    ranks[1].process.send_signal(signal.SIGSTOP)
+    for rank in (ranks[0], ranks[2]):
+        rank.ask(50)
+    assert all(rank.read().startswith("forwards") for rank in (ranks[0], ranks[2]))
+
+    # The stopped one goes on as if nothing had been.
+    ranks[1].process.send_signal(signal.SIGCONT)
+    ranks[1].ask(5)
+    assert ranks[1].read().startswith("forwards")
+
+    # Its memory outlives it in the others: they read the right bytes (the workers compare them).
+    ranks[1].process.kill()
+    ranks[1].process.wait()
+    for rank in (ranks[0], ranks[2]):
+        rank.ask(50)
+    assert all(rank.read().startswith("forwards") for rank in (ranks[0], ranks[2]))
+    assert ranks[0].end() == "detached"
+    assert ranks[0].process.returncode == 0
+
+    # Killed ranks leave no file and no socket.
+    assert traces() - BEFORE, "a rank that runs can be seen"
+    ranks[2].process.kill()
+    ranks[2].process.wait()
+    assert traces() - BEFORE == set()
+
+
+def traces() -> set[str]:
+    """Names that a rank could leave in the file system or among the unix sockets."""
+    sockets = {row.split()[-1] for row in Path("/proc/net/unix").read_text().splitlines()}
+    files = {str(path) for folder in ("/dev/shm", "/tmp") for path in Path(folder).iterdir()}
+    return {name for name in sockets | files if "dwdp" in name}
+
+
+BEFORE = traces()

@@ -1,0 +1,94 @@
+"""Ranks are read from torchrun's, mpirun's and srun's environments, and bad ones are named."""
+
+from __future__ import annotations
+
+import pytest
+
+from dwdp.launch import LaunchError, LaunchInfo, discover_launch, parse_address
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+    "TORCHELASTIC_USE_AGENT_STORE": "True",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "PMIX_NAMESPACE": "prterun-host-1234@1",
+}
+SRUN = {
+    "SLURM_PROCID": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
+}
+
+
+def test_no_launcher() -> None:
+    assert discover_launch({}) is None
+
+
+def test_torchrun() -> None:
+    assert discover_launch(TORCHRUN) == LaunchInfo("torchrun", 3, 4, "127.0.0.1", 29500, True)
+
+
+def test_mpirun_ranks_derive_one_address() -> None:
+    first = discover_launch(OPEN_MPI)
+    second = discover_launch({**OPEN_MPI, "OMPI_COMM_WORLD_RANK": "0"})
+    other_job = discover_launch({**OPEN_MPI, "PMIX_NAMESPACE": "prterun-host-99@1"})
+    assert first is not None and second is not None and other_job is not None
+    assert (first.launcher, first.rank, first.size) == ("mpirun", 1, 2)
+    assert (first.host, first.port) == (second.host, second.port)
+    assert first.port != other_job.port
+    assert not first.store_is_served
+
+
+def test_srun() -> None:
+    launch = discover_launch(SRUN)
+    assert launch is not None
+    assert (launch.launcher, launch.rank, launch.size, launch.host) == ("srun", 0, 4, "10.0.0.7")
+
+
+def test_a_batch_script_is_not_a_rank() -> None:
+    batch = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_ID"}
+    assert discover_launch(batch) is None
+
+
+def test_own_launcher_wins_over_an_allocation_around_it() -> None:
+    own = {
+        "DWDP_RANK": "2",
+        "DWDP_WORLD_SIZE": "3",
+        "DWDP_RENDEZVOUS": "127.0.0.1:4000",
+        "DWDP_STORE_IS_SERVED": "1",
+    }
+    assert discover_launch({**SRUN, **own}) == LaunchInfo("dwdp", 2, 3, "127.0.0.1", 4000, True)
+
+
+def test_an_explicit_rendezvous_wins_over_a_derived_one() -> None:
+    launch = discover_launch({**OPEN_MPI, "DWDP_RENDEZVOUS": "node7:1234"})
+    assert launch is not None and (launch.host, launch.port) == ("node7", 1234)
+
+
+@pytest.mark.parametrize(
+    ("environ", "text"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' .* is not a number"),
+        ({"RANK": "0"}, "set no WORLD_SIZE"),
+        ({**TORCHRUN, "RANK": "4"}, "rank 4 of 4"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "no MASTER_ADDR"),
+        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, "set DWDP_RENDEZVOUS"),
+        ({**OPEN_MPI, "DWDP_RENDEZVOUS": "nowhere"}, "DWDP_RENDEZVOUS='nowhere' is not host:port"),
+    ],
+)
+def test_bad_environments_are_named(environ: dict[str, str], text: str) -> None:
+    with pytest.raises(LaunchError, match=text):
+        discover_launch(environ)
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:", ":1", "host:0", "host:70000", "host:1x"])
+def test_bad_addresses(text: str) -> None:
+    with pytest.raises(LaunchError, match="is not host:port"):
+        parse_address(text, "it")
