@@ -111,5 +111,7 @@ def _left_in(limit_file: str, usage_file: str, stat_prefix: str) -> float:
         return inf
     # Cached pages of files are given back when memory is needed; shared memory is not among these two.
     counters = dict(zip(stat[::2], stat[1::2], strict=True))
-    cached = sum(int(counters.get(stat_prefix + key, 0)) for key in ("active_file", "inactive_file"))
+    cached = sum(
+        int(counters.get(stat_prefix + key, 0)) for key in ("active_file", "inactive_file")
+    )
     return max(0, limit - usage + cached)

@@ -268,17 +268,22 @@ def _choose_sources(
         if holders not in by_holders:
             by_holders[holders] = _ReplicaSet(holders, num_ranks)
         by_holders[holders].experts.append(expert)
-    # Where there is no choice comes first, so that the choices can make up for it.
+    # The fewer holders, the earlier: who has more choice can make up for who has less.
     replica_sets = sorted(by_holders.values(), key=lambda replicas: len(replicas.holders))
 
     _balance(replica_sets, num_ranks)
 
     num_reads = [[0] * num_ranks for _ in range(num_ranks)]  # [reader][source]
     for replicas in replica_sets:
-        _deal(replicas, num_ranks, num_reads)
-    for replicas in replica_sets:  # Once more, now that the rest of each reader's choices is known.
-        if len(replicas.holders) > 1:
-            _deal(replicas, num_ranks, num_reads)
+        if len(replicas.holders) == 1:
+            source, count = replicas.holders[0], len(replicas.experts)
+            for reader in replicas.readers:
+                replicas.dealt[reader] = {source: count}
+                num_reads[reader][source] += count
+    for _ in range(2):  # The second time, the rest of each reader's choices is known.
+        for replicas in replica_sets:
+            if len(replicas.holders) > 1:
+                _deal(replicas, num_ranks, num_reads)
 
     sources = [[rank] * num_experts for rank in range(num_ranks)]
     for replicas in replica_sets:
@@ -293,10 +298,10 @@ def _choose_sources(
 def _balance(replica_sets: Sequence[_ReplicaSet], num_ranks: int) -> None:
     """Fill in ``served`` of every replica set so that the ranks' totals are as even as can be.
 
-    From an even split of every replica set, reads are shifted along paths of ranks, each of which shares
-    a replica set with the next, from a rank to one that serves at least two fewer. When no such path is
-    left the sum of squares of the totals is minimal (an optimal semi-matching: Harvey, Ladner,
-    Lovasz, Tamir, 2003), so their spread is at most one if any choice has that.
+    From an even split of every replica set, reads are shifted along paths of ranks, each of which
+    shares a replica set with the next, from a rank to one that serves at least two fewer. When no
+    such path is left the sum of squares of the totals is minimal (an optimal semi-matching: Harvey,
+    Ladner, Lovasz and Tamir, 2003), so their spread is at most one if any choice has that.
     """
     totals = [0] * num_ranks
     sets_of: list[list[_ReplicaSet]] = [[] for _ in range(num_ranks)]
@@ -362,7 +367,7 @@ def _lightening_path(
 
 
 def _deal(replicas: _ReplicaSet, num_ranks: int, num_reads: Sequence[list[int]]) -> None:
-    """Fill in ``dealt`` of a replica set: what it serves, spread over its readers.
+    """Fill in ``dealt`` of a replica set: what its holders serve, spread over its readers.
 
     One expert after the other, each reader takes the source that it reads least from so far
     (``num_reads[reader][source]``, kept up to date), among those with reads left to serve.

@@ -1,0 +1,105 @@
+# make help lists the targets. Everything runs in a local virtual environment, which setup creates.
+#
+#   PYTHON=python3.12   interpreter of the virtual environment (3.10 or newer)
+#   VENV=DIR            where the virtual environment is
+#   CXX=clang++         C++17 compiler of the native module
+#   TORCH_INDEX=URL     further package index, for a CPU build of torch (see CONTRIBUTING.md)
+#   PYTEST_ARGS='-k x'  more arguments for pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+ifeq ($(origin CXX),default)
+CXX := $(firstword $(foreach name,g++ clang++ c++,$(shell command -v $(name))) g++)
+endif
+export CXX
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input install -c constraints.txt \
+	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Of pip's output: one line per package that is downloaded or built. Errors go to stderr and stay.
+PIP_LINES := sed -unE '/\.metadata/d; s/^ *(Downloading|Using cached|Building) /      \1 /p'
+
+PACKAGES_STAMP := $(VENV)/.packages
+NATIVE_STAMP := $(VENV)/.native
+NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES := find csrc tests/native -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh'
+
+.PHONY: help setup toolchain demo test test-asan test-tsan lint format bench clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(PACKAGES_STAMP) ## create .venv, install pinned packages, build the native module
+	@$(MAKE) --silent --no-print-directory $(NATIVE_STAMP)
+
+toolchain:
+	@command -v $(PYTHON) > /dev/null || { echo "error: $(PYTHON) is not there:" \
+	  "install Python 3.10 or newer, or name one with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error:" \
+	  "$$($(PYTHON) --version) is too old: name Python 3.10 or newer with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { echo "error: $(PYTHON) cannot make" \
+	  "virtual environments: install python3-venv (Debian, Ubuntu)" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; \
+	  sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "error:" \
+	  "Python.h is missing: install python3-dev (Debian, Ubuntu) or python3-devel (Fedora)" >&2; exit 1; }
+	@echo 'int main() { if constexpr (true) return 0; }' \
+	  | $(CXX) -std=c++17 -x c++ -fsyntax-only - 2> /dev/null || { echo "error: $(CXX) is not a C++17" \
+	  "compiler: install g++ (Debian, Ubuntu) or gcc-c++ (Fedora), or name one with CXX=..." >&2; exit 1; }
+
+$(PACKAGES_STAMP): pyproject.toml setup.py constraints.txt dwdp/_version.py
+	@$(MAKE) --no-print-directory toolchain
+	@echo "[1/3] virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "[2/3] build tools"
+	@$(PIP) setuptools pybind11 | $(PIP_LINES)
+	@echo "[3/3] packages, dwdp and its native module (several minutes the first time)"
+	@$(PIP) --no-build-isolation -e '.[transformers,dev]' | $(PIP_LINES)
+	@touch $(NATIVE_STAMP) $(PACKAGES_STAMP)
+	@$(VENV)/bin/dwdp --version
+
+$(NATIVE_STAMP): $(NATIVE_SOURCES)
+	@echo "native module: $(words $?) source file(s) changed"
+	@$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: setup ## run the small trained model on 4 ranks, staged and direct
+	@$(PY) examples/demo.py
+
+test: setup ## run the tests
+	@$(PY) -m pytest -q $(PYTEST_ARGS)
+
+test-asan: ## run the native tests under the address and undefined-behaviour sanitizers
+	@$(MAKE) --no-print-directory -C tests/native asan
+
+test-tsan: ## run the native tests under the thread sanitizer
+	@$(MAKE) --no-print-directory -C tests/native tsan
+
+lint: setup ## check style and types: ruff, mypy, clang-format
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(CXX_FILES) | xargs --no-run-if-empty $(VENV)/bin/clang-format --dry-run -Werror
+
+format: setup ## rewrite the sources in the project's format
+	@$(PY) -m ruff check --fix-only --quiet .
+	@$(PY) -m ruff format .
+	@$(CXX_FILES) | xargs --no-run-if-empty $(VENV)/bin/clang-format -i
+
+bench: setup ## run the CPU benchmarks
+	@$(PY) benchmarks/transformers_cpu.py
+	@$(PY) benchmarks/loading_memory.py
+
+clean: ## remove build outputs and caches
+	@rm -rf build dist *.egg-info dwdp/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@rm -f $(NATIVE_STAMP)
+	@$(MAKE) --silent -C tests/native clean
+
+distclean: clean ## remove the virtual environment as well
+	@rm -rf $(VENV)

@@ -1,0 +1,194 @@
+"""Attach DWDP to a Transformers model: composite tensors take the place of its expert parameters.
+
+Every expert module keeps its own class and its own kernels; it sees ordinary ``[E, ...]`` parameters.
+In staged mode its forward is bracketed by ``begin`` and ``end`` of the runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dwdp.config import DwdpConfig
+from dwdp.engines.transformers.experts import ExpertLayer, ExpertTensor, find_expert_layers
+from dwdp.engines.transformers.loading import LoadReport, load_sharded
+from dwdp.group import Group
+from dwdp.runtime import DwdpRuntime
+from dwdp.weights import ExpertTensorSpec, ExpertWeights, LayerSpec
+
+
+@dataclass
+class Attachment:
+    """A model whose experts are shared out over a group. A context manager that detaches.
+
+    Attributes:
+        model: runs as before; ``generate`` and all the rest work.
+        runtime: its experts' memory and counters.
+        load_report: bytes, time and peak memory of loading; None for a model that was loaded before.
+    """
+
+    model: PreTrainedModel
+    runtime: DwdpRuntime
+    load_report: LoadReport | None
+    _undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    def detach(self) -> None:
+        """Turn the model back into what it was before and give the experts' memory back. Idempotent.
+
+        A model given to :func:`attach` gets its experts back as ordinary parameters, copied from the
+        group's memory; one that :func:`load` made is left without experts, on the meta device.
+        """
+        try:
+            for undo in self._undo:
+                undo()
+        finally:
+            self._undo.clear()
+            self.runtime.detach()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+
+def load(
+    model_dir: str | PathLike[str], group: Group, config: DwdpConfig, *, dtype: str = "auto"
+) -> Attachment:
+    """Load a checkpoint's dense weights and this rank's experts, and attach. Every rank calls it.
+
+    Args:
+        model_dir: a Hugging Face checkpoint directory with safetensors files.
+        group: the ranks that share the experts.
+        config: the same on every rank.
+        dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+
+    Raises:
+        CheckpointError, UnsupportedModelError: the checkpoint cannot be loaded or shared out.
+        ValueError: the experts cannot be placed on the group.
+        GroupError, FabricError: the group's memory cannot be set up.
+    """
+    runtime = DwdpRuntime(group, config)
+    try:
+        model, layers, report = load_sharded(
+            model_dir, dtype, lambda layers: _LoadTarget(runtime, layers)
+        )
+        runtime.attach()
+    except BaseException:
+        runtime.detach()
+        raise
+    attachment = Attachment(model, runtime, report)
+    for index, layer in enumerate(layers):
+        attachment._undo.append(_install(runtime, index, layer, restore=_to_meta))
+    return attachment
+
+
+def attach(model: PreTrainedModel, group: Group, config: DwdpConfig) -> Attachment:
+    """Share out the experts of a model that is loaded already. Every rank calls it.
+
+    The model's own expert parameters are released when it is attached, not before, so that a failure
+    leaves it as it was. :func:`load` never holds more than this rank's share.
+
+    Raises:
+        UnsupportedModelError: the model has no experts that can be shared out; the text says why.
+        ValueError, GroupError, FabricError: as :func:`load`.
+    """
+    layers = find_expert_layers(model)
+    runtime = DwdpRuntime(group, config)
+    originals = [
+        {tensor.name: layer.module.get_parameter(tensor.name) for tensor in layer.tensors}
+        for layer in layers
+    ]
+    try:
+        weights = runtime.allocate(layer_specs(layers))
+        for index, parameters in enumerate(originals):
+            placement = weights.placement(index)
+            for name, parameter in parameters.items():
+                for expert in placement.resident_experts(group.rank):
+                    weights.destination(index, name, expert).copy_(parameter.detach()[expert])
+        runtime.attach()
+    except BaseException:
+        runtime.detach()
+        raise
+    originals.clear()
+    attachment = Attachment(model, runtime, None)
+    for index, layer in enumerate(layers):
+        attachment._undo.append(_install(runtime, index, layer, restore=torch.clone))
+    return attachment
+
+
+def layer_specs(layers: Sequence[ExpertLayer]) -> list[LayerSpec]:
+    """The runtime's description of a model's MoE layers, in the order of the forward."""
+    return [
+        LayerSpec(
+            layer.path,
+            tuple(
+                ExpertTensorSpec(tensor.name, tensor.num_experts, tensor.expert_shape, tensor.dtype)
+                for tensor in layer.tensors
+            ),
+        )
+        for layer in layers
+    ]
+
+
+class _LoadTarget:
+    """Resident memory of the runtime, as the loader's destination."""
+
+    def __init__(self, runtime: DwdpRuntime, layers: Sequence[ExpertLayer]) -> None:
+        self._rank = runtime.group.rank
+        self._weights: ExpertWeights = runtime.allocate(layer_specs(layers))
+        self._index = {layer.path: index for index, layer in enumerate(layers)}
+
+    def resident(self, layer: ExpertLayer) -> Sequence[int]:
+        return self._weights.placement(self._index[layer.path]).resident_experts(self._rank)
+
+    def destination(self, tensor: ExpertTensor, expert: int) -> torch.Tensor:
+        return self._weights.destination(self._index[tensor.module_path], tensor.name, expert)
+
+
+def _install(
+    runtime: DwdpRuntime,
+    index: int,
+    layer: ExpertLayer,
+    restore: Callable[[torch.Tensor], torch.Tensor],
+) -> Callable[[], None]:
+    """Give a layer its composite tensors; returns what undoes it."""
+    module = layer.module
+    requires_grad = {t.name: module.get_parameter(t.name).requires_grad for t in layer.tensors}
+    for name, composite in runtime.tensors(index).items():
+        module.register_parameter(name, nn.Parameter(composite, requires_grad=False))
+    if runtime.is_staged:
+        _bracket_forward(module, runtime, index)
+
+    def undo() -> None:
+        module.__dict__.pop("forward", None)
+        runtime.begin(index)
+        for name, grad in requires_grad.items():
+            tensor = restore(module.get_parameter(name).detach())
+            module.register_parameter(name, nn.Parameter(tensor, requires_grad=grad))
+        runtime.end(index)
+
+    return undo
+
+
+def _bracket_forward(module: nn.Module, runtime: DwdpRuntime, index: int) -> None:
+    forward = module.forward
+
+    def staged_forward(*args: Any, **kwargs: Any) -> Any:
+        runtime.begin(index)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            runtime.end(index)
+
+    module.forward = staged_forward
+
+
+def _to_meta(composite: torch.Tensor) -> torch.Tensor:
+    return composite.to("meta")

@@ -1,0 +1,343 @@
+"""Sharded loading: a rank reads its dense weights and its resident experts, and nothing else.
+
+The model is loaded by its class's own ``from_pretrained``, so that dtypes, buffers, tied weights and the
+generation config are Transformers' doing. Only the step that reads weights into the model, which is
+still on the meta device then, is replaced: experts go from the checkpoint to where the caller wants them,
+one at a time, and expert parameters stay on the meta device. The dense rest is handed on to Transformers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from dwdp.engines.transformers.checkpoint import CheckpointError, open_checkpoint, read_json
+from dwdp.engines.transformers.contract import internals, loading_dtype
+from dwdp.engines.transformers.conversion import CheckpointPlan, missing_weights, plan_checkpoint
+from dwdp.engines.transformers.experts import (
+    ExpertLayer,
+    ExpertTensor,
+    UnsupportedModelError,
+    find_expert_layers,
+    refuse_quantized,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ExpertMemory(Protocol):
+    """Where a rank's resident experts are to be stored."""
+
+    def resident(self, layer: ExpertLayer) -> Sequence[int]:
+        """Ids of the experts of ``layer`` that this rank stores."""
+
+    def destination(self, tensor: ExpertTensor, expert: int) -> torch.Tensor:
+        """Memory of one resident expert: ``tensor.expert_shape``, ``tensor.dtype``, written once."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint holds, known without reading a weight.
+
+    Attributes:
+        config: of the model that will run (the text part of a composite checkpoint).
+        num_experts: of the layer that has fewest.
+        top_k: experts per token, where the configuration says.
+        dtype: what the model is loaded in.
+        dense_bytes: every weight and buffer that is not an expert tensor, once loaded.
+        expert_bytes: one whole copy of all expert tensors.
+        expert_layers: in the order the model runs them; their modules are on the meta device.
+    """
+
+    config: PreTrainedConfig
+    model_type: str
+    num_layers: int
+    num_experts: int
+    top_k: int | None
+    dtype: torch.dtype
+    dense_bytes: int
+    expert_bytes: int
+    expert_layers: tuple[ExpertLayer, ...]
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading one rank took.
+
+    Attributes:
+        dense_bytes: weights and buffers in the model, expert tensors left out.
+        resident_expert_bytes: written to the destinations.
+        read_bytes: read from the checkpoint's files.
+        seconds: in all.
+        rss_before_bytes: resident memory of the process when loading began.
+        peak_rss_bytes: its highest value while loading (where the kernel does not let a process reset
+            its own peak: since the process began).
+    """
+
+    dense_bytes: int
+    resident_expert_bytes: int
+    read_bytes: int
+    seconds: float
+    rss_before_bytes: int
+    peak_rss_bytes: int
+
+
+def inspect_checkpoint(
+    model_dir: str | PathLike[str], dtype: str | torch.dtype | None = None
+) -> CheckpointInfo:
+    """Check everything about a checkpoint that can be checked without reading weights.
+
+    Args:
+        model_dir: a directory with config.json and safetensors weights.
+        dtype: one of :data:`DTYPES` or a torch dtype; None is ``"auto"``, the checkpoint's own.
+
+    Raises:
+        CheckpointError: it is missing, corrupt or incomplete.
+        UnsupportedModelError: the model's experts cannot be shared out.
+        ValueError: ``dtype`` is not one of those.
+    """
+    found: list[tuple[PreTrainedModel, Any, list[ExpertLayer]]] = []
+
+    def inspect(model: PreTrainedModel, load_config: Any, *_: Any) -> Any:
+        layers = find_expert_layers(model, load_config.dtype_plan)
+        with _open(path, model) as checkpoint:
+            plan_checkpoint(model, layers, checkpoint.tensors, load_config)
+        found.append((model, load_config, layers))
+        raise _InspectedError
+
+    path = Path(model_dir)
+    with suppress(_InspectedError):
+        _from_pretrained(path, dtype, inspect)
+    ((model, load_config, layers),) = found
+    config = model.config
+    return CheckpointInfo(
+        config=config,
+        model_type=config.model_type,
+        num_layers=config.num_hidden_layers,
+        num_experts=min(layer.num_experts for layer in layers),
+        top_k=getattr(config, "num_experts_per_tok", None),
+        dtype=load_config.dtype,
+        dense_bytes=_dense_bytes(model, layers, load_config.dtype_plan),
+        expert_bytes=sum(layer.num_bytes for layer in layers),
+        expert_layers=tuple(layers),
+    )
+
+
+def load_sharded(
+    model_dir: str | PathLike[str],
+    dtype: str | torch.dtype | None,
+    allocate: Callable[[list[ExpertLayer]], ExpertMemory],
+) -> tuple[PreTrainedModel, list[ExpertLayer], LoadReport]:
+    """Load a model's dense weights, and its resident experts into memory that the caller provides.
+
+    The model comes back in eval mode on the CPU, with its expert parameters still on the meta device:
+    the caller installs tensors in their place before the first forward.
+
+    Loads of one process run one after the other. Other threads may call ``from_pretrained`` meanwhile.
+
+    Args:
+        model_dir: a directory with config.json and safetensors weights.
+        dtype: one of :data:`DTYPES` or a torch dtype; None is ``"auto"``, the checkpoint's own.
+        allocate: called once, with the expert layers, before any weight is read.
+
+    Raises:
+        CheckpointError: it is missing, corrupt or incomplete.
+        UnsupportedModelError: the model's experts cannot be shared out.
+        ValueError: ``dtype`` is not one of those.
+    """
+    path = Path(model_dir)
+    begin = time.perf_counter()
+    rss_before = _restart_peak_rss()
+    layers: list[ExpertLayer] = []
+    resident_bytes = read_bytes = 0
+
+    def load(model: PreTrainedModel, load_config: Any, load_dense: Callable[..., Any]) -> Any:
+        nonlocal resident_bytes, read_bytes
+        layers.extend(find_expert_layers(model, load_config.dtype_plan))
+        with _open(path, model) as checkpoint:
+            plan = plan_checkpoint(model, layers, checkpoint.tensors, load_config)
+            memory = allocate(layers)
+            resident_bytes = _read_experts(plan, layers, memory)
+            info, offload_index = load_dense(model, plan.dense, None, load_config)
+            read_bytes = checkpoint.num_bytes_read
+        for layer in layers:
+            for tensor in layer.tensors:
+                # Keeps Transformers from allocating and initialising it.
+                getattr(layer.module, tensor.name)._is_hf_initialized = True
+                info.missing_keys.discard(tensor.full_name)
+        missing = missing_weights(model, info.missing_keys)
+        if missing:
+            raise CheckpointError(f"Transformers found no weight in {path} for {missing[0]}")
+        return info, offload_index
+
+    model = _from_pretrained(path, dtype, load)
+    report = LoadReport(
+        dense_bytes=_dense_bytes(model, layers, {}),
+        resident_expert_bytes=resident_bytes,
+        read_bytes=read_bytes,
+        seconds=time.perf_counter() - begin,
+        rss_before_bytes=rss_before,
+        peak_rss_bytes=_status_bytes("VmHWM"),
+    )
+    return model, layers, report
+
+
+def _read_experts(plan: CheckpointPlan, layers: Sequence[ExpertLayer], memory: ExpertMemory) -> int:
+    """Read every resident expert to its destination; returns the bytes written there."""
+    resident = {layer.path: memory.resident(layer) for layer in layers}
+    num_bytes = 0
+    for conversion in plan.experts:
+        for expert in resident[conversion.tensors[0].module_path]:
+            destinations = {
+                tensor.full_name: memory.destination(tensor, expert)
+                for tensor in conversion.tensors
+            }
+            conversion.read(expert, destinations)
+            num_bytes += sum(tensor.expert_bytes for tensor in conversion.tensors)
+    return num_bytes
+
+
+def _from_pretrained(
+    path: Path, dtype: str | torch.dtype | None, load: Callable[..., Any]
+) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_pretrained`` with ``load`` in place of its reading of weights."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = "auto" if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
+    internals()
+    _check_config(path)
+    with _weights_read_by(load):
+        return AutoModelForCausalLM.from_pretrained(
+            str(path),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+
+
+def _check_config(path: Path) -> None:
+    """Check config.json and that there are weights, so that errors are ours and not a stack of Transformers'."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path} is not a directory: give the directory that holds a checkpoint's config.json"
+        )
+    settings = read_json(path / "config.json")
+    model_type = settings.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{path / 'config.json'} has no model_type")
+    refuse_quantized(settings)
+    try:
+        config = AutoConfig.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path / 'config.json'} lacks {error}") from None
+    except Exception as error:
+        if _is_unknown(model_type):
+            raise UnsupportedModelError(
+                f"{path / 'config.json'}: model_type {model_type} is not known to the installed "
+                "Transformers, and dwdp runs no code from a checkpoint. Install a newer transformers"
+            ) from None
+        first_line = " ".join(str(error).split())
+        raise CheckpointError(f"{path / 'config.json'} is not usable: {first_line}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(
+            f"{path}: {model_type} is not a causal language model, the only kind dwdp runs"
+        )
+    open_checkpoint(path, getattr(config, "transformers_weights", None)).close()
+
+
+def _is_unknown(model_type: str) -> bool:
+    from transformers import CONFIG_MAPPING
+
+    return model_type not in CONFIG_MAPPING
+
+
+def _open(path: Path, model: PreTrainedModel) -> Any:
+    return open_checkpoint(path, getattr(model.config, "transformers_weights", None))
+
+
+class _InspectedError(Exception):
+    """Ends a from_pretrained that was only wanted for its model on the meta device."""
+
+
+_load: ContextVar[Callable[..., Any] | None] = ContextVar("dwdp_load", default=None)
+_patch_lock = threading.RLock()
+
+
+@contextmanager
+def _weights_read_by(load: Callable[..., Any]) -> Iterator[None]:
+    """Within, from_pretrained in this thread calls ``load(model, load_config, original)`` for its weights.
+
+    The patch is on the class and so seen by every thread, but it applies to the context it was made in:
+    others fall through to the original. The lock keeps two loads from restoring each other's patch.
+    """
+    from transformers import PreTrainedModel
+
+    original = internals()._load_pretrained_model
+
+    def dispatch(
+        model: Any,
+        state_dict: Any,
+        checkpoint_files: Any,
+        load_config: Any,
+        *rest: Any,
+        **more: Any,
+    ) -> Any:
+        active = _load.get()
+        if active is None:
+            return original(model, state_dict, checkpoint_files, load_config, *rest, **more)
+        return active(model, load_config, original)
+
+    with _patch_lock:
+        token = _load.set(load)
+        PreTrainedModel._load_pretrained_model = staticmethod(dispatch)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            PreTrainedModel._load_pretrained_model = staticmethod(original)  # type: ignore[method-assign]
+            _load.reset(token)
+
+
+def _dense_bytes(model: PreTrainedModel, layers: Sequence[ExpertLayer], dtype_plan: Any) -> int:
+    """Bytes of all parameters and buffers that are not expert tensors, tied ones counted once."""
+    skipped = {tensor.full_name for layer in layers for tensor in layer.tensors}
+    skipped |= set(model.all_tied_weights_keys or {})
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return sum(
+        tensor.numel() * loading_dtype(name, tensor.dtype, dtype_plan).itemsize
+        for name, tensor in tensors
+        if name not in skipped
+    )
+
+
+def _restart_peak_rss() -> int:
+    """Set the process's peak resident memory back to the present value, which is returned, in bytes."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return 0

@@ -1,0 +1,1 @@
+"""Rank processes, and the dispatcher that shares out prompts over them."""

@@ -1,0 +1,222 @@
+"""One rank: it is set up with its group, then answers requests one at a time until there are no more.
+
+``main`` runs in a process that :class:`dwdp.serving.processes.RankProcesses` started; under another
+launcher the command itself calls :func:`serve_requests`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dwdp.config import DwdpConfig
+from dwdp.fabric.base import FabricError
+from dwdp.group import Group, GroupError, PeerFailure
+from dwdp.launch import discover_launch
+from dwdp.serving.channel import RankChannel
+from dwdp.serving.generation import Generator, quiet_transformers
+from dwdp.serving.messages import (
+    Completion,
+    Counters,
+    Failed,
+    Finish,
+    Hello,
+    PromptFailed,
+    Ready,
+    Request,
+)
+
+if TYPE_CHECKING:
+    from dwdp.engines.transformers import Attachment
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_PEER_FAILED = 3
+"""Another rank's set-up failed; nothing is wrong with this one."""
+
+_PR_SET_PDEATHSIG = 1
+_EXPECTED_ERRORS = (ValueError, GroupError, FabricError, OSError, MemoryError)
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """What a rank's process is told, as one line of JSON on its standard input.
+
+    Attributes:
+        parent_pid: the process that must be there for this one to live.
+        dispatcher, token: whom to connect to, and what to prove it with.
+    """
+
+    parent_pid: int
+    dispatcher: str
+    token: str
+    model_dir: str
+    dtype: str
+    num_threads: int
+    config: dict[str, Any]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> RankJob:
+        return cls(**json.loads(text))
+
+
+def main() -> int:
+    """Run the rank that the environment and standard input describe; returns the exit code."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    line = sys.stdin.readline()
+    if not line:
+        return EXIT_FAILED
+    job = RankJob.from_json(line)
+    if os.getppid() != job.parent_pid:
+        return EXIT_FAILED
+    try:
+        return _run(job)
+    except OSError:  # the dispatcher is gone, and nobody is left to tell
+        return EXIT_FAILED
+
+
+def _run(job: RankJob) -> int:
+    launch = discover_launch()
+    assert launch is not None
+    channel = RankChannel.connect(job.dispatcher)
+    channel.send(Hello(launch.rank, job.token))
+    config = DwdpConfig(**job.config)
+    try:
+        group = Group.join(launch, timeout_s=config.setup_timeout_s)
+        with group.setting_up():
+            try:
+                attachment = load_rank(
+                    job.model_dir, group, config, dtype=job.dtype, num_threads=job.num_threads
+                )
+            except Exception as error:
+                # Before the group hears of it, so that the first complaint the dispatcher gets is this.
+                _complain(channel, error)
+                raise
+    except PeerFailure:
+        return EXIT_PEER_FAILED
+    except Exception as error:
+        _complain(channel, error)
+        return EXIT_FAILED
+    with attachment:
+        return EXIT_DONE if serve_requests(channel, attachment) else EXIT_FAILED
+
+
+def load_rank(
+    model_dir: str, group: Group, config: DwdpConfig, *, dtype: str, num_threads: int
+) -> Attachment:
+    """This rank's share of the model, on ``num_threads`` compute threads. Every rank calls it.
+
+    Raises:
+        ValueError: the checkpoint, the dtype or the placement is no good.
+        GroupError, FabricError: the group cannot be set up.
+    """
+    import torch
+
+    from dwdp.engines.transformers import load
+
+    torch.set_num_threads(num_threads)
+    quiet_transformers()
+    return load(model_dir, group, config, dtype=dtype)
+
+
+def serve_requests(channel: RankChannel, attachment: Attachment) -> bool:
+    """Answer the dispatcher's requests, in order. Waits for nobody but the dispatcher.
+
+    Returns:
+        Whether the dispatcher said that it is finished; otherwise it died.
+    """
+    channel.send(_ready(attachment))
+    generator = Generator(attachment.model)
+    num_prompts = prompt_tokens = generated_tokens = 0
+    first_request_s: float | None = None
+    for message in channel:
+        if isinstance(message, Finish):
+            return True
+        if not isinstance(message, Request):
+            continue
+        if first_request_s is None:
+            first_request_s = time.monotonic()
+        try:
+            token_ids, finish_reason = generator.generate(message)
+        except Exception as error:
+            traceback.print_exc()
+            channel.send(PromptFailed(message.index, _describe(error)))
+            continue
+        num_prompts += 1
+        prompt_tokens += len(message.token_ids)
+        generated_tokens += len(token_ids)
+        stats = attachment.runtime.stats()
+        counters = Counters(
+            num_prompts=num_prompts,
+            prompt_tokens=prompt_tokens,
+            generated_tokens=generated_tokens,
+            wall_s=time.monotonic() - first_request_s,
+            num_fetches=stats.num_fetches,
+            fetched_bytes=stats.fetched_bytes,
+            num_waits=stats.num_waits,
+            exposed_wait_s=stats.exposed_wait_s,
+            peak_rss_bytes=_peak_rss_bytes(),
+        )
+        channel.send(Completion(message.index, token_ids, finish_reason, counters))
+    return False
+
+
+def _ready(attachment: Attachment) -> Ready:
+    stats = attachment.runtime.stats()
+    report = attachment.load_report
+    assert report is not None
+    return Ready(
+        fetch_mode=stats.fetch_mode,
+        num_slots=stats.num_slots,
+        dense_bytes=report.dense_bytes,
+        resident_expert_bytes=stats.resident_expert_bytes,
+        staging_bytes=stats.staging_bytes,
+        load_s=report.seconds,
+        peak_rss_bytes=_peak_rss_bytes(),
+    )
+
+
+def _complain(channel: RankChannel, error: Exception) -> None:
+    if isinstance(error, PeerFailure):
+        return
+    if not isinstance(error, _EXPECTED_ERRORS):
+        traceback.print_exception(error)
+    channel.send(Failed(_describe(error), isinstance(error, ValueError)))
+
+
+def _describe(error: Exception) -> str:
+    text = str(error)
+    return (
+        text if isinstance(error, _EXPECTED_ERRORS) and text else f"{type(error).__name__}: {text}"
+    )
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, also when either cannot act any more."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+
+def _peak_rss_bytes() -> int:
+    # Not getrusage(): its maximum also counts the parent's memory, from before this program began.
+    with open("/proc/self/status", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What a run leaves behind: the completions and the report, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from dwdp._version import __version__
+from dwdp.config import DwdpConfig
+from dwdp.observability.report import GenerateReport, RankReport, SamplingReport, per_second, total
+from dwdp.serving.dispatcher import Outcome
+from dwdp.serving.messages import Ready
+from dwdp.serving.plan import RunPlan
+
+
+def completion_lines(plan: RunPlan, outcome: Outcome) -> str:
+    """One JSON line per prompt, in input order. ``text`` is null if the checkpoint has no tokenizer."""
+    lines = []
+    for (rank, completion), prompt_id in zip(outcome.completions, plan.prompt_ids, strict=True):
+        text = None
+        if plan.tokenizer is not None:
+            text = plan.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        record = {
+            "id": prompt_id,
+            "rank": rank,
+            "prompt_token_ids": plan.requests[completion.index].token_ids,
+            "token_ids": completion.token_ids,
+            "text": text,
+            "finish_reason": completion.finish_reason,
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def make_report(
+    plan: RunPlan,
+    outcome: Outcome,
+    ready: Mapping[int, Ready],
+    *,
+    config: DwdpConfig,
+    sampling: SamplingReport,
+    launcher: str,
+    device: str,
+    threads_per_rank: int,
+) -> GenerateReport:
+    """The report of a run. A rank that was lost before it was ever ready is in ``lost_ranks`` alone."""
+    ranks = []
+    for rank, facts in sorted(ready.items()):
+        counters = outcome.counters[rank]
+        ranks.append(
+            RankReport(
+                rank=rank,
+                num_prompts=counters.num_prompts,
+                prompt_tokens=counters.prompt_tokens,
+                generated_tokens=counters.generated_tokens,
+                wall_s=counters.wall_s,
+                tokens_per_s=per_second(counters.generated_tokens, counters.wall_s),
+                dense_bytes=facts.dense_bytes,
+                resident_expert_bytes=facts.resident_expert_bytes,
+                staging_bytes=facts.staging_bytes,
+                num_slots=facts.num_slots,
+                num_fetches=counters.num_fetches,
+                fetched_bytes=counters.fetched_bytes,
+                num_waits=counters.num_waits,
+                exposed_wait_s=counters.exposed_wait_s,
+                load_s=facts.load_s,
+                peak_rss_bytes=counters.peak_rss_bytes or facts.peak_rss_bytes,
+            )
+        )
+    return GenerateReport(
+        dwdp_version=__version__,
+        launcher=launcher,
+        model=plan.model,
+        sampling=sampling,
+        device=device,
+        threads_per_rank=threads_per_rank,
+        fetch_mode=next(iter(ready.values())).fetch_mode,
+        config=config,
+        ranks=tuple(ranks),
+        lost_ranks=tuple(sorted(loss.rank for loss in outcome.lost)),
+        totals=total(tuple(ranks), outcome.wall_s),
+    )
+
+
+def check_writable(path: Path) -> None:
+    """Check that ``path`` can be written, and leave nothing behind.
+
+    Raises:
+        ValueError: it cannot; the text says why.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a directory; name a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no directory {path.parent}")
+    if _is_special(path):
+        if not os.access(path, os.W_OK):
+            raise ValueError(f"{path} cannot be written")
+        return
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def write_files(contents: Mapping[Path, str]) -> None:
+    """Write every file, or none: each is written beside its place, and all are moved at the end.
+
+    Raises:
+        OSError: a file cannot be written. Nothing is left of any.
+    """
+    with ExitStack() as cleanup:
+        moves = []
+        for path, text in contents.items():
+            if _is_special(path):
+                path.write_text(text, encoding="utf-8")
+                continue
+            target = path.resolve()
+            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            cleanup.callback(Path(name).unlink, missing_ok=True)
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+            moves.append((name, target))
+        for name, target in moves:
+            os.replace(name, target)
+
+
+def _is_special(path: Path) -> bool:
+    """A pipe or a device, /dev/stdout for one, is written to, not replaced."""
+    return path.exists() and not path.is_file()
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
