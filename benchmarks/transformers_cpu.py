@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dwdp.config import DwdpConfig
 from dwdp.engines.transformers import load
-from dwdp.engines.transformers.make_model import make_model
+from dwdp.engines.transformers.make_model import write_checkpoint
 from dwdp.group import Group, serve_store
 
 VARIANTS = ("replicas", "direct", "staged", "DEP")
@@ -223,7 +223,11 @@ def cpu_name() -> str:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", "model_dir", help="Checkpoint to measure. Default: a random Qwen3-MoE.")
+@click.option(
+    "--model",
+    "model_dir",
+    help="Checkpoint to measure. Default: a random Qwen3-MoE.",
+)
 @click.option("--ranks", default=2)
 @click.option("--threads-per-rank", default=max(1, (os.cpu_count() or 2) // 2))
 @click.option("--rounds", default=5, help="Measured rounds, after one to warm up.")
@@ -247,12 +251,11 @@ def main(
     with tempfile.TemporaryDirectory() as scratch:
         if model_dir is None:
             model_dir = str(Path(scratch) / "model")
-            make_model(
+            write_checkpoint(
                 Path(model_dir),
-                arch="qwen3_moe",
+                "qwen3_moe",
                 preset="small",
-                num_experts=64,
-                dtype="float32",
+                overrides={"num_experts": 64, "hidden_size": 512, "num_experts_per_tok": 8},
             )
         settings = Settings(
             model_dir,

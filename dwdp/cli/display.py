@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dwdp.observability.report import GenerateReport
 from dwdp.serving.messages import Completion
-
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 class RunProgress:
@@ -55,48 +54,47 @@ def show_progress(console: Console, num_ranks: int, num_prompts: int) -> Iterato
 
 
 def summary_table(report: GenerateReport) -> Table:
-    """One row per rank and one for the group."""
+    """One row per rank and one for the group. Fits 80 columns."""
     model, totals = report.model, report.totals
     table = Table(
-        title=f"{model.model_type}, {model.num_moe_layers} of {model.num_layers} layers with "
+        title=f"{model.model_type}: {model.num_moe_layers} of {model.num_layers} layers with "
         f"{model.num_experts} experts, {model.dtype}, {report.fetch_mode}",
+        box=SIMPLE_HEAD,
         show_footer=True,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    sums = (
+    columns = (
         ("rank", "all"),
         ("prompts", str(totals.num_prompts)),
-        ("tokens in", str(totals.prompt_tokens)),
-        ("tokens out", str(totals.generated_tokens)),
-        ("tokens/s", f"{totals.tokens_per_s:.1f}"),
-        ("experts", bytes_text(totals.resident_expert_bytes)),
-        ("staging", bytes_text(totals.staging_bytes)),
-        ("dense", bytes_text(totals.dense_bytes)),
-        ("fetched", bytes_text(totals.fetched_bytes)),
-        ("exposed wait", f"{totals.exposed_wait_s:.3f} s"),
-        ("peak RSS", ""),
+        ("tokens\nin", str(totals.prompt_tokens)),
+        ("tokens\nout", str(totals.generated_tokens)),
+        ("tokens\n/s", f"{totals.tokens_per_s:.1f}"),
+        ("experts\nMiB", _mib(totals.resident_expert_bytes)),
+        ("staging\nMiB", _mib(totals.staging_bytes)),
+        ("dense\nMiB", _mib(totals.dense_bytes)),
+        ("fetched\nMiB", _mib(totals.fetched_bytes)),
+        ("waited\ns", f"{totals.exposed_wait_s:.3f}"),
+        ("peak RSS\nMiB", ""),
     )
-    for header, footer in sums:
+    for header, footer in columns:
         table.add_column(header, footer, justify="right", no_wrap=True)
     for rank in report.ranks:
-        lost = " (lost)" if rank.rank in report.lost_ranks else ""
         table.add_row(
-            f"{rank.rank}{lost}",
+            f"{rank.rank} lost" if rank.rank in report.lost_ranks else str(rank.rank),
             str(rank.num_prompts),
             str(rank.prompt_tokens),
             str(rank.generated_tokens),
             f"{rank.tokens_per_s:.1f}",
-            bytes_text(rank.resident_expert_bytes),
-            bytes_text(rank.staging_bytes),
-            bytes_text(rank.dense_bytes),
-            bytes_text(rank.fetched_bytes),
-            f"{rank.exposed_wait_s:.3f} s",
-            bytes_text(rank.peak_rss_bytes),
+            _mib(rank.resident_expert_bytes),
+            _mib(rank.staging_bytes),
+            _mib(rank.dense_bytes),
+            _mib(rank.fetched_bytes),
+            f"{rank.exposed_wait_s:.3f}",
+            _mib(rank.peak_rss_bytes),
         )
     return table
 
 
-def bytes_text(num_bytes: int) -> str:
-    """``1536`` -> ``"1.5 KiB"``."""
-    power = min(max(num_bytes.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
-    value = num_bytes / 1024**power
-    return f"{value:.1f} {_UNITS[power]}" if power else f"{num_bytes} B"
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):.1f}"

@@ -231,6 +231,7 @@ def _run_launched(options: GenerateOptions, launch: LaunchInfo) -> int:
     """Be one of the launcher's ranks; rank 0 also hands out the prompts, in a thread of its own."""
     group = Group.join(launch, timeout_s=options.config.setup_timeout_s)
     desk: _Desk | None = None
+    channel: RankChannel | None = None
     try:
         with group.setting_up():
             if launch.rank == 0:
@@ -258,6 +259,8 @@ def _run_launched(options: GenerateOptions, launch: LaunchInfo) -> int:
         # Rank 0 prints this rank's message, once for all.
         return EXIT_FAILURE
     finally:
+        if channel is not None:
+            channel.close()
         if desk is not None:
             desk.close()
 

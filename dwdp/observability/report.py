@@ -90,21 +90,23 @@ class GenerateReport(_Document):
 
     schema_version: Literal[1] = Field(
         default=1,
-        description="Version of this document. It changes when a field is removed or changes its meaning.",
+        description="Version of this document.",
     )
     dwdp_version: str = Field(description="Version of dwdp that ran.")
     launcher: str = Field(description="Who started the ranks: dwdp, torchrun, mpirun or srun.")
-    model: ModelReport
-    sampling: SamplingReport
+    model: ModelReport = Field(description="The model that ran, see below.")
+    sampling: SamplingReport = Field(description="How tokens were chosen, see below.")
     device: str = Field(description="What the ranks compute on.")
     threads_per_rank: int = Field(description="Compute threads of each rank.")
     fetch_mode: str = Field(description="The mode in force, staged or direct.")
-    config: DwdpConfig = Field(description="The group's options, as they were given.")
+    config: DwdpConfig = Field(
+        description="The group's options as they were given, by the names of their flags."
+    )
     ranks: tuple[RankReport, ...] = Field(description="In rank order, lost ones included.")
     lost_ranks: tuple[int, ...] = Field(
         description="Ranks that died while they generated; the others finished their prompts."
     )
-    totals: Totals
+    totals: Totals = Field(description="The group as a whole, see below.")
 
 
 def total(ranks: tuple[RankReport, ...], wall_s: float) -> Totals:

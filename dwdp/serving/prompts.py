@@ -134,7 +134,7 @@ def tokenize(
 
 def _parse(line: bytes, where: str) -> Prompt:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.rstrip().decode("utf-8"))
     except UnicodeDecodeError:
         raise PromptError(f"{where}: not UTF-8 text") from None
     except json.JSONDecodeError as error:

@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,20 +95,16 @@ def _run(job: RankJob) -> int:
     channel.send(Hello(launch.rank, job.token))
     config = DwdpConfig(**job.config)
     try:
-        group = Group.join(launch, timeout_s=config.setup_timeout_s)
-        with group.setting_up():
-            try:
-                attachment = load_rank(
-                    job.model_dir, group, config, dtype=job.dtype, num_threads=job.num_threads
-                )
-            except Exception as error:
-                # Before the group hears of it, so that the first complaint the dispatcher gets is this.
-                _complain(channel, error)
-                raise
+        with _complaints_to(channel):
+            group = Group.join(launch, timeout_s=config.setup_timeout_s)
+        # The dispatcher hears of an error before the group does: it believes the first complaint.
+        with group.setting_up(), _complaints_to(channel):
+            attachment = load_rank(
+                job.model_dir, group, config, dtype=job.dtype, num_threads=job.num_threads
+            )
     except PeerFailure:
         return EXIT_PEER_FAILED
-    except Exception as error:
-        _complain(channel, error)
+    except Exception:
         return EXIT_FAILED
     with attachment:
         return EXIT_DONE if serve_requests(channel, attachment) else EXIT_FAILED
@@ -187,12 +185,18 @@ def _ready(attachment: Attachment) -> Ready:
     )
 
 
-def _complain(channel: RankChannel, error: Exception) -> None:
-    if isinstance(error, PeerFailure):
-        return
-    if not isinstance(error, _EXPECTED_ERRORS):
-        traceback.print_exception(error)
-    channel.send(Failed(_describe(error), isinstance(error, ValueError)))
+@contextmanager
+def _complaints_to(channel: RankChannel) -> Iterator[None]:
+    """Tell the dispatcher what goes wrong inside, unless it went wrong elsewhere."""
+    try:
+        yield
+    except PeerFailure:
+        raise
+    except Exception as error:
+        if not isinstance(error, _EXPECTED_ERRORS):
+            traceback.print_exc()
+        channel.send(Failed(_describe(error), isinstance(error, ValueError)))
+        raise
 
 
 def _describe(error: Exception) -> str:

@@ -1,10 +1,12 @@
 // Checks that stay when NDEBUG is set, and a list of tests that main.cpp runs.
 #pragma once
 
+#include <chrono>
 #include <functional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 namespace dwdp::test {
@@ -33,6 +35,15 @@ struct Registration {
   std::ostringstream message;
   message << file << ":" << line << ": " << text;
   throw Failure(message.str());
+}
+
+// Whether `condition` becomes true within a few seconds.
+inline bool eventually(const std::function<bool()>& condition) {
+  for (int i = 0; i < 500; ++i) {
+    if (condition()) return true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  return condition();
 }
 
 }  // namespace dwdp::test

@@ -180,6 +180,6 @@ def tiny_config(arch: str, preset: Preset, vocab_size: int, **overrides: Any) ->
     for name in _LAYER_PATTERNS:
         pattern = fields.get(name)
         if pattern is not None and name not in overrides:
-            depth = fields.get("num_hidden_layers", sizes["num_layers"])
+            depth = int(fields.get("num_hidden_layers") or sizes["num_layers"])
             fields[name] = [pattern[layer % len(pattern)] for layer in range(depth)]
     return type(default)(**fields)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -102,9 +101,9 @@ def find_expert_layers(
         if _uses_interface(module)
         and (layer := _expert_layer(path, module, dtype_plan or {})).tensors
     ]
-    elsewhere = list(_experts_outside_interface(model))
-    if elsewhere:
-        path, class_name = elsewhere[0]
+    elsewhere = _find_other_experts(model, any_name=not layers)
+    if elsewhere is not None:
+        path, class_name = elsewhere
         raise UnsupportedModelError(
             f"{config.model_type} keeps its experts in {path} ({class_name}), which does not use "
             "Transformers' experts interface (use_experts_implementation), so they are not tensors "
@@ -170,30 +169,22 @@ def _expert_layer(
     return ExpertLayer(path, module, num_experts, tensors)
 
 
-def _experts_outside_interface(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(path, class name) of modules that hold routed experts in some other form.
+def _find_other_experts(model: nn.Module, *, any_name: bool) -> tuple[str, str] | None:
+    """(path, class name) of a module that holds routed experts in some other form, if there is one.
 
-    Nothing but the name tells a list of experts from a list of layers. It serves the refusal's text:
-    what is shared out is never found by name.
+    Only names tell a list of experts from a list of layers, or routed experts from shared ones. They
+    decide what is refused and why; what is shared out is never found by name.
+
+    Args:
+        any_name: also look at the classes' names, for a model in which nothing uses the interface.
     """
     for path, module in model.named_modules():
         if _uses_interface(module):
             continue
         class_name = type(module).__name__
-        is_list = path.rpartition(".")[2] == "experts" and _has_identical_children(module)
-        is_tensor = class_name.endswith("Experts") and any(
-            parameter.ndim >= 2 for parameter in module.parameters(recurse=False)
-        )
-        if is_list or is_tensor:
-            yield path, class_name
-
-
-def _has_identical_children(module: nn.Module) -> bool:
-    kinds = Counter(
-        (type(child), tuple(tuple(parameter.shape) for parameter in child.parameters()))
-        for child in module.children()
-    )
-    return any(count > 1 and shapes for (_, shapes), count in kinds.items())
+        if path.rpartition(".")[2] == "experts" or (any_name and "Expert" in class_name):
+            return path, class_name
+    return None
 
 
 def _refuse_shared(model: PreTrainedModel, layers: list[ExpertLayer]) -> None:

@@ -8,11 +8,9 @@ one at a time, and expert parameters stay on the meta device. The dense rest is 
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -20,21 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from dwdp.engines.transformers.checkpoint import CheckpointError, open_checkpoint, read_json
-from dwdp.engines.transformers.contract import internals, loading_dtype
+from dwdp.engines.transformers.checkpoint import Checkpoint, CheckpointError
+from dwdp.engines.transformers.contract import loading_dtype
 from dwdp.engines.transformers.conversion import CheckpointPlan, missing_weights, plan_checkpoint
-from dwdp.engines.transformers.experts import (
-    ExpertLayer,
-    ExpertTensor,
-    UnsupportedModelError,
-    find_expert_layers,
-    refuse_quantized,
-)
+from dwdp.engines.transformers.experts import ExpertLayer, ExpertTensor, find_expert_layers
+from dwdp.engines.transformers.interception import from_pretrained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class ExpertMemory(Protocol):
@@ -101,7 +92,7 @@ def inspect_checkpoint(
 
     Args:
         model_dir: a directory with config.json and safetensors weights.
-        dtype: one of :data:`DTYPES` or a torch dtype; None is ``"auto"``, the checkpoint's own.
+        dtype: one of ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"``; None is ``"auto"``, the checkpoint's own.
 
     Raises:
         CheckpointError: it is missing, corrupt or incomplete.
@@ -110,16 +101,14 @@ def inspect_checkpoint(
     """
     found: list[tuple[PreTrainedModel, Any, list[ExpertLayer]]] = []
 
-    def inspect(model: PreTrainedModel, load_config: Any, *_: Any) -> Any:
+    def inspect(model: PreTrainedModel, load_config: Any, checkpoint: Checkpoint, _: Any) -> Any:
         layers = find_expert_layers(model, load_config.dtype_plan)
-        with _open(path, model) as checkpoint:
-            plan_checkpoint(model, layers, checkpoint.tensors, load_config)
+        plan_checkpoint(model, layers, checkpoint.tensors, load_config)
         found.append((model, load_config, layers))
         raise _InspectedError
 
-    path = Path(model_dir)
     with suppress(_InspectedError):
-        _from_pretrained(path, dtype, inspect)
+        from_pretrained(Path(model_dir), dtype, inspect)
     ((model, load_config, layers),) = found
     config = model.config
     return CheckpointInfo(
@@ -149,7 +138,7 @@ def load_sharded(
 
     Args:
         model_dir: a directory with config.json and safetensors weights.
-        dtype: one of :data:`DTYPES` or a torch dtype; None is ``"auto"``, the checkpoint's own.
+        dtype: one of ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"``; None is ``"auto"``, the checkpoint's own.
         allocate: called once, with the expert layers, before any weight is read.
 
     Raises:
@@ -157,21 +146,23 @@ def load_sharded(
         UnsupportedModelError: the model's experts cannot be shared out.
         ValueError: ``dtype`` is not one of those.
     """
-    path = Path(model_dir)
     begin = time.perf_counter()
     rss_before = _restart_peak_rss()
     layers: list[ExpertLayer] = []
     resident_bytes = read_bytes = 0
 
-    def load(model: PreTrainedModel, load_config: Any, load_dense: Callable[..., Any]) -> Any:
+    def load(
+        model: PreTrainedModel,
+        load_config: Any,
+        checkpoint: Checkpoint,
+        load_dense: Callable[..., Any],
+    ) -> Any:
         nonlocal resident_bytes, read_bytes
         layers.extend(find_expert_layers(model, load_config.dtype_plan))
-        with _open(path, model) as checkpoint:
-            plan = plan_checkpoint(model, layers, checkpoint.tensors, load_config)
-            memory = allocate(layers)
-            resident_bytes = _read_experts(plan, layers, memory)
-            info, offload_index = load_dense(model, plan.dense, None, load_config)
-            read_bytes = checkpoint.num_bytes_read
+        plan = plan_checkpoint(model, layers, checkpoint.tensors, load_config)
+        resident_bytes = _read_experts(plan, layers, allocate(layers))
+        info, offload_index = load_dense(model, plan.dense, None, load_config)
+        read_bytes = checkpoint.num_bytes_read
         for layer in layers:
             for tensor in layer.tensors:
                 # Keeps Transformers from allocating and initialising it.
@@ -179,10 +170,10 @@ def load_sharded(
                 info.missing_keys.discard(tensor.full_name)
         missing = missing_weights(model, info.missing_keys)
         if missing:
-            raise CheckpointError(f"Transformers found no weight in {path} for {missing[0]}")
+            raise CheckpointError(f"Transformers read no weight of {model_dir} into {missing[0]}")
         return info, offload_index
 
-    model = _from_pretrained(path, dtype, load)
+    model = from_pretrained(Path(model_dir), dtype, load)
     report = LoadReport(
         dense_bytes=_dense_bytes(model, layers, {}),
         resident_expert_bytes=resident_bytes,
@@ -209,111 +200,8 @@ def _read_experts(plan: CheckpointPlan, layers: Sequence[ExpertLayer], memory: E
     return num_bytes
 
 
-def _from_pretrained(
-    path: Path, dtype: str | torch.dtype | None, load: Callable[..., Any]
-) -> PreTrainedModel:
-    """``AutoModelForCausalLM.from_pretrained`` with ``load`` in place of its reading of weights."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = "auto" if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}: use one of {', '.join(DTYPES)}")
-    internals()
-    _check_config(path)
-    with _weights_read_by(load):
-        return AutoModelForCausalLM.from_pretrained(
-            str(path),
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-
-
-def _check_config(path: Path) -> None:
-    """Check config.json and that there are weights, so that errors are ours and not a stack of Transformers'."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    if not path.is_dir():
-        raise CheckpointError(
-            f"{path} is not a directory: give the directory that holds a checkpoint's config.json"
-        )
-    settings = read_json(path / "config.json")
-    model_type = settings.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"{path / 'config.json'} has no model_type")
-    refuse_quantized(settings)
-    try:
-        config = AutoConfig.from_pretrained(
-            str(path), local_files_only=True, trust_remote_code=False
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{path / 'config.json'} lacks {error}") from None
-    except Exception as error:
-        if _is_unknown(model_type):
-            raise UnsupportedModelError(
-                f"{path / 'config.json'}: model_type {model_type} is not known to the installed "
-                "Transformers, and dwdp runs no code from a checkpoint. Install a newer transformers"
-            ) from None
-        first_line = " ".join(str(error).split())
-        raise CheckpointError(f"{path / 'config.json'} is not usable: {first_line}") from error
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UnsupportedModelError(
-            f"{path}: {model_type} is not a causal language model, the only kind dwdp runs"
-        )
-    open_checkpoint(path, getattr(config, "transformers_weights", None)).close()
-
-
-def _is_unknown(model_type: str) -> bool:
-    from transformers import CONFIG_MAPPING
-
-    return model_type not in CONFIG_MAPPING
-
-
-def _open(path: Path, model: PreTrainedModel) -> Any:
-    return open_checkpoint(path, getattr(model.config, "transformers_weights", None))
-
-
 class _InspectedError(Exception):
     """Ends a from_pretrained that was only wanted for its model on the meta device."""
-
-
-_load: ContextVar[Callable[..., Any] | None] = ContextVar("dwdp_load", default=None)
-_patch_lock = threading.RLock()
-
-
-@contextmanager
-def _weights_read_by(load: Callable[..., Any]) -> Iterator[None]:
-    """Within, from_pretrained in this thread calls ``load(model, load_config, original)`` for its weights.
-
-    The patch is on the class and so seen by every thread, but it applies to the context it was made in:
-    others fall through to the original. The lock keeps two loads from restoring each other's patch.
-    """
-    from transformers import PreTrainedModel
-
-    original = internals()._load_pretrained_model
-
-    def dispatch(
-        model: Any,
-        state_dict: Any,
-        checkpoint_files: Any,
-        load_config: Any,
-        *rest: Any,
-        **more: Any,
-    ) -> Any:
-        active = _load.get()
-        if active is None:
-            return original(model, state_dict, checkpoint_files, load_config, *rest, **more)
-        return active(model, load_config, original)
-
-    with _patch_lock:
-        token = _load.set(load)
-        PreTrainedModel._load_pretrained_model = staticmethod(dispatch)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            PreTrainedModel._load_pretrained_model = staticmethod(original)  # type: ignore[method-assign]
-            _load.reset(token)
 
 
 def _dense_bytes(model: PreTrainedModel, layers: Sequence[ExpertLayer], dtype_plan: Any) -> int:
