@@ -65,6 +65,7 @@ class DwdpConfig(BaseModel):
     setup_timeout_s: float = Field(
         default=600.0,
         gt=0,
+        le=86_400,
         description="Seconds a rank waits for its peers while the group is set up.",
     )
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from dwdp.launch import LaunchInfo
+from dwdp.launch import LaunchInfo, discover_launch
 
 TOKEN_BYTES = 16
 _POLL_S = 0.02
@@ -104,6 +104,16 @@ class Group:
         from torch.distributed import HashStore
 
         return cls(0, 1, HashStore(), timeout_s=10.0)
+
+    @classmethod
+    def from_launcher(cls, *, timeout_s: float = 600.0) -> Group:
+        """The group of this process's launcher (torchrun, mpirun, srun); a group of one without.
+
+        Raises:
+            LaunchError, GroupError: as :func:`dwdp.launch.discover_launch` and :meth:`join`.
+        """
+        launch = discover_launch()
+        return cls.single() if launch is None else cls.join(launch, timeout_s=timeout_s)
 
     @classmethod
     def join(cls, launch: LaunchInfo, *, timeout_s: float) -> Group:

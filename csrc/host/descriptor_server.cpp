@@ -20,6 +20,10 @@ namespace {
 // More wait in the listener's backlog, so that strangers cannot use up our descriptors.
 constexpr std::size_t kMaxClients = 256;
 
+// Holds two full packets, so that a client that does not read keeps few descriptors on their way:
+// the kernel limits how many a user may have there.
+constexpr int kSendBufferBytes = 4096;
+
 // Before the next try when the system is short of descriptors.
 constexpr std::chrono::milliseconds kPause{20};
 
@@ -160,6 +164,7 @@ void DescriptorServer::accept_clients(std::vector<Client>& clients) {
     } catch (const FabricError&) {
       continue;
     }
+    setsockopt(socket.get(), SOL_SOCKET, SO_SNDBUF, &kSendBufferBytes, sizeof(kSendBufferBytes));
     client.socket = std::move(socket);
     clients.push_back(std::move(client));
   }

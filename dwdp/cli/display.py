@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,6 +13,8 @@ from rich.table import Table
 
 from dwdp.observability.report import GenerateReport
 from dwdp.serving.messages import Completion
+
+_MIB_LIMIT = 10_000
 
 
 class RunProgress:
@@ -53,48 +56,58 @@ def show_progress(console: Console, num_ranks: int, num_prompts: int) -> Iterato
         yield RunProgress(progress, num_ranks, num_prompts)
 
 
+class _Column(NamedTuple):
+    header: str
+    cells: list[str]
+    footer: str
+
+
 def summary_table(report: GenerateReport) -> Table:
-    """One row per rank and one for the group. Fits 80 columns."""
-    model, totals = report.model, report.totals
+    """One row per rank and one for the group. Fits 80 columns unless numbers are very large."""
+    model, ranks, totals = report.model, report.ranks, report.totals
+    columns = (
+        _Column(
+            "rank",
+            [f"{r.rank} lost" if r.rank in report.lost_ranks else str(r.rank) for r in ranks],
+            "all",
+        ),
+        _Column("prompts", [str(r.num_prompts) for r in ranks], str(totals.num_prompts)),
+        _Column("tokens\nin", [str(r.prompt_tokens) for r in ranks], str(totals.prompt_tokens)),
+        _Column(
+            "tokens\nout", [str(r.generated_tokens) for r in ranks], str(totals.generated_tokens)
+        ),
+        _Column(
+            "tokens\n/s", [f"{r.tokens_per_s:.1f}" for r in ranks], f"{totals.tokens_per_s:.1f}"
+        ),
+        _bytes_column("experts", [r.resident_expert_bytes for r in ranks]),
+        _bytes_column("staging", [r.staging_bytes for r in ranks]),
+        _bytes_column("dense", [r.dense_bytes for r in ranks]),
+        _bytes_column("fetched", [r.fetched_bytes for r in ranks]),
+        _Column(
+            "waited\ns", [f"{r.exposed_wait_s:.3f}" for r in ranks], f"{totals.exposed_wait_s:.3f}"
+        ),
+        _bytes_column("peak\nRSS", [r.peak_rss_bytes for r in ranks], has_sum=False),
+    )
     table = Table(
         title=f"{model.model_type}: {model.num_moe_layers} of {model.num_layers} layers with "
         f"{model.num_experts} experts, {model.dtype}, {report.fetch_mode}",
+        title_justify="left",
         box=SIMPLE_HEAD,
         show_footer=True,
-        pad_edge=False,
-        collapse_padding=True,
+        padding=0,
+        show_edge=False,
     )
-    columns = (
-        ("rank", "all"),
-        ("prompts", str(totals.num_prompts)),
-        ("tokens\nin", str(totals.prompt_tokens)),
-        ("tokens\nout", str(totals.generated_tokens)),
-        ("tokens\n/s", f"{totals.tokens_per_s:.1f}"),
-        ("experts\nMiB", _mib(totals.resident_expert_bytes)),
-        ("staging\nMiB", _mib(totals.staging_bytes)),
-        ("dense\nMiB", _mib(totals.dense_bytes)),
-        ("fetched\nMiB", _mib(totals.fetched_bytes)),
-        ("waited\ns", f"{totals.exposed_wait_s:.3f}"),
-        ("peak RSS\nMiB", ""),
-    )
-    for header, footer in columns:
-        table.add_column(header, footer, justify="right", no_wrap=True)
-    for rank in report.ranks:
-        table.add_row(
-            f"{rank.rank} lost" if rank.rank in report.lost_ranks else str(rank.rank),
-            str(rank.num_prompts),
-            str(rank.prompt_tokens),
-            str(rank.generated_tokens),
-            f"{rank.tokens_per_s:.1f}",
-            _mib(rank.resident_expert_bytes),
-            _mib(rank.staging_bytes),
-            _mib(rank.dense_bytes),
-            _mib(rank.fetched_bytes),
-            f"{rank.exposed_wait_s:.3f}",
-            _mib(rank.peak_rss_bytes),
-        )
+    for column in columns:
+        table.add_column(column.header, column.footer, justify="right", no_wrap=True)
+    for row in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*row)
     return table
 
 
-def _mib(num_bytes: int) -> str:
-    return f"{num_bytes / (1 << 20):.1f}"
+def _bytes_column(name: str, values: Sequence[int], *, has_sum: bool = True) -> _Column:
+    """All numbers of a column are in one unit, which its header names."""
+    in_gib = sum(values) >= _MIB_LIMIT << 20
+    unit, shift = ("GiB", 30) if in_gib else ("MiB", 20)
+    cells = [f"{value / (1 << shift):.1f}" for value in values]
+    footer = f"{sum(values) / (1 << shift):.1f}" if has_sum else ""
+    return _Column(f"{name}\n{unit}", cells, footer)

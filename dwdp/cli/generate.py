@@ -319,7 +319,7 @@ class _Desk:
 
 def _dispatch(dispatcher: Dispatcher, plan: RunPlan, check: Callable[[], None]) -> Outcome:
     """Wait for the ranks and have the prompts answered, with a progress bar and warnings."""
-    console = Console(stderr=True)
+    console = _console()
 
     def warn(lost: LostRank) -> None:
         rest = f"; its {lost.num_unfinished} unfinished prompt(s) go to the other ranks"
@@ -363,8 +363,12 @@ def _hand_over(
     if options.output is None:
         sys.stdout.write(lines)
         sys.stdout.flush()
-    console = Console(stderr=True)
-    console.print(summary_table(report))
+    _console().print(summary_table(report))
+
+
+def _console() -> Console:
+    # Rich takes a file to be 80 columns wide, and would cut the table's longest numbers.
+    return Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 def _say(console: Console, text: str) -> None:

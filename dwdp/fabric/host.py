@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import resource
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -31,17 +32,28 @@ class HostAddressRange(_C.HostAddressRange):
         return tensor
 
 
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as it is allowed to: every region is one or two.
+
+    The usual limit of 1024 is there for programs that use ``select``, and too low for large models.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 class HostFabric(Fabric):
     """Memory of this machine that its processes can map, and threads that copy it.
 
     Regions are sealed memfds, granularity is the page size, and descriptors reach peers through a
-    socket that only processes of the same user with the group's token are served on.
+    socket that only processes of the same user with the group's token are served on. Making a fabric
+    raises this process's soft limit of open files to the hard one.
     """
 
     name = "host"
     granularity = mmap.PAGESIZE
 
     def __init__(self) -> None:
+        raise_descriptor_limit()
         self._server: _C.DescriptorServer | None = None
 
     def allocate(self, num_bytes: int) -> _C.HostRegion:

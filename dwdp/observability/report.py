@@ -34,7 +34,9 @@ class SamplingReport(_Document):
     """How tokens were chosen."""
 
     max_new_tokens: int = Field(description="Tokens generated per prompt at most.")
-    temperature: float = Field(description="0: the likeliest token each time.")
+    temperature: float = Field(
+        ge=0, allow_inf_nan=False, description="0: the likeliest token each time."
+    )
     seed: int = Field(description="Seed of the first prompt; each further prompt uses one more.")
 
 

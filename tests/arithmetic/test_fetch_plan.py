@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dwdp.fetch_plan import FetchPlan, Slice, build_fetch_plan
 from dwdp.layout import TensorLayout, build_layout
-from dwdp.placement import build_placement
+from dwdp.placement import ExpertRange, Placement, build_placement
 
 
 @st.composite
@@ -68,6 +68,18 @@ def test_lanes_are_in_rotated_order_and_tensors_follow_each_other() -> None:
 def test_neighbouring_experts_of_one_source_make_one_slice() -> None:
     layout = build_layout(build_placement(6, 2), expert_bytes=10, granularity=1)
     assert build_fetch_plan(0, [layout], slice_bytes=64).lanes == ((Slice(1, 0, 30, 30),),)
+
+
+def test_resident_experts_between_two_of_one_source_are_not_fetched() -> None:
+    placement = Placement(
+        num_experts=3,
+        num_ranks=2,
+        resident=((ExpertRange(1, 2),), (ExpertRange(0, 3),)),
+        sources=((1, 0, 1), (1, 1, 1)),
+    )
+    layout = build_layout(placement, expert_bytes=4, granularity=4)
+    plan = build_fetch_plan(0, [layout], slice_bytes=64)
+    assert plan.lanes == ((Slice(1, 0, 0, 4), Slice(1, 0, 8, 4)),)
 
 
 def test_sources_with_nothing_to_read_have_no_lane() -> None:

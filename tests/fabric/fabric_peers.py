@@ -10,11 +10,12 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from dwdp.fabric import Fabric, FabricError, create_fabric
+
+if TYPE_CHECKING:
+    import torch
 
 TOKEN = b"0123456789abcdef"
 NOBODY = 65534
@@ -34,6 +35,8 @@ def start(
 
 
 def pattern(seed: int, num_bytes: int) -> torch.Tensor:
+    import torch  # here, because most processes start sooner without it
+
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
 

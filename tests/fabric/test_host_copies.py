@@ -107,12 +107,9 @@ def test_submit_returns_at_once_and_close_finishes(fabric: Fabric) -> None:
     engine = fabric.copy_engine(1, 1)
     fetch, _ranges = slow_fetch(fabric, engine)
     done = fabric.event()
-    start = time.monotonic()
     engine.submit(fetch, after=None, done=done)
-    submitted = time.monotonic() - start
     assert not done.query()
     engine.close()
-    assert time.monotonic() - start > 2 * submitted
     assert done.query()
     engine.close()
     with pytest.raises(FabricError, match="closed copy engine"):
@@ -143,7 +140,8 @@ def test_empty_fetches_complete(fabric: Fabric) -> None:
     slow, _ranges = slow_fetch(fabric, engine)
     first, done = fabric.event(), fabric.event()
     engine.submit(slow, after=None, done=first)
-    for lanes in ([], [[]], [[], [], []]):
+    empty: list[list[list[Copy]]] = [[], [[]], [[], [], []]]
+    for lanes in empty:
         engine.submit(engine.prepare(lanes), after=first, done=done)
     done.wait()
     assert first.query()
@@ -158,7 +156,7 @@ def test_bad_fetches_are_refused(fabric: Fabric) -> None:
         engine.prepare([[], [], []])
     with pytest.raises(FabricError, match="must not be zero"):
         engine.prepare([[Copy(start, start + 64, 0)]])
-    with pytest.raises(FabricError, match="lane 1 of a fetch .* which overlap"):
+    with pytest.raises(FabricError, match=r"lane 1 of a fetch .* which overlap"):
         engine.prepare([[], [Copy(start, start + 8, 9)]])
     for num_lanes, depth in ((0, 1), (1, 0)):
         with pytest.raises(FabricError, match="at least one lane"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import os
 import signal
 import socket
@@ -185,27 +186,41 @@ def test_silent_clients_are_dropped() -> None:
 
 
 def test_clients_that_do_not_take_their_answer_are_dropped() -> None:
-    server = _C.DescriptorServer(peers.TOKEN, client_timeout_s=0.2)
-    num_regions = 1000
-    region = _C.HostRegion(4096)
-    server.publish("many", [region] * num_regions)
+    server = _C.DescriptorServer(peers.TOKEN, client_timeout_s=1.5)
+    sizes = [4096] * 1000
+    server.publish("many", [_C.HostRegion(4096)] * len(sizes))
     descriptors = peers.num_descriptors()
-    with connect(server.address) as client:
-        # Half an answer fits no smaller buffer: the rest has to wait for a reader.
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
-        client.send(request(b"many"))
-        sizes = [4096] * num_regions
+    with connect(server.address) as lazy, connect(server.address) as slow:
+        lazy.send(request(b"many"))
+        slow.send(request(b"many"))
         got = _C.fetch_regions(server.address, peers.TOKEN, "many", sizes, 20.0)
-        assert len(got) == num_regions
+        assert len(got) == len(sizes)
         del got
-        time.sleep(0.5)
+        # Four packets, of which not all fit the socket, taken late but within the timeout each.
+        for _ in range(4):
+            time.sleep(0.1)
+            answer, received, _, _ = socket.recv_fds(slow, 4096, 250)
+            assert struct.unpack_from("<IIII", answer) == (MAGIC, OK, 1000, 250)
+            for fd in received:
+                os.close(fd)
+        assert slow.recv(1) == b""
+        # The lazy one is dropped as well, which leaves the client ends of both sockets. What it
+        # finds then is not the whole answer.
+        assert peers.eventually(lambda: peers.num_descriptors() == descriptors + 2)
+        num_packets = 0
+        while lazy.recv(4096):
+            num_packets += 1
+        assert 0 < num_packets < 4
     assert peers.eventually(lambda: peers.num_descriptors() == descriptors)
     server.close()
 
 
 def test_closing_the_server_does_not_wait_for_clients() -> None:
     server = _C.DescriptorServer(peers.TOKEN, client_timeout_s=60.0)
+    server.publish("none", [])
     with connect(server.address) as client:
+        # Clients are accepted in order, so the silent one is being served when this returns.
+        _C.fetch_regions(server.address, peers.TOKEN, "none", [], 20.0)
         start = time.monotonic()
         server.close()
         server.close()
@@ -216,7 +231,7 @@ def test_closing_the_server_does_not_wait_for_clients() -> None:
 class FakeServer:
     """Answers one request with what ``answer`` does to the connection."""
 
-    def __init__(self, answer: Callable[[socket.socket], None]) -> None:
+    def __init__(self, answer: Callable[[socket.socket], object]) -> None:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         name = f"dwdp-test-{os.getpid()}-{os.urandom(8).hex()}"
         self.listener.bind("\0" + name)
@@ -244,15 +259,13 @@ def memory_file(num_bytes: int, seals: int | None) -> int:
     fd = os.memfd_create("dwdp-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, num_bytes)
     if seals is not None:
-        import fcntl
-
         fcntl.fcntl(fd, 1033, seals)  # F_ADD_SEALS
     return fd
 
 
 def answer_with(
     sizes: list[int], fds: list[int], announced: int | None = None
-) -> Callable[[socket.socket], None]:
+) -> Callable[[socket.socket], object]:
     announced = len(sizes) if announced is None else announced
     packet = struct.pack(f"<IIII{len(sizes)}Q", MAGIC, OK, announced, len(sizes), *sizes)
 
@@ -277,8 +290,7 @@ def test_client_checks_what_it_gets() -> None:
     descriptors = peers.num_descriptors()
     fd = memory_file(8192, 6)
     other = os.open("/dev/null", os.O_RDONLY)
-    socket_pair = socket.socketpair()
-    cases: list[tuple[Callable[[socket.socket], None], str]] = [
+    cases: list[tuple[Callable[[socket.socket], object], str]] = [
         (answer_with([4096], [fd]), "region 0 has 8192 bytes, not the 4096 expected"),
         (answer_with([4096], [other]), "region 0 has 0 bytes, not the 4096 expected"),
         (answer_with([4096], []), "announces 1 regions and carries 0 descriptors"),
@@ -287,12 +299,12 @@ def test_client_checks_what_it_gets() -> None:
         (answer_with([8192] * 3, [fd] * 3, announced=1), "a packet of 3 regions came after 0 of 1"),
         (lambda c: None, "closed the connection without an answer"),
         (
-            lambda c: c.send(b"hello") and None,
+            lambda c: c.send(b"hello"),
             "a packet of 5 bytes is not from a descriptor server",
         ),
-        (lambda c: c.send(os.urandom(50000)) and None, "is not from a descriptor server"),
+        (lambda c: c.send(os.urandom(50000)), "is not from a descriptor server"),
         (
-            lambda c: c.send(struct.pack("<IIII", MAGIC, REFUSED, 0, 0) + b"go away") and None,
+            lambda c: c.send(struct.pack("<IIII", MAGIC, REFUSED, 0, 0) + b"go away"),
             "refused: go away",
         ),
     ]
@@ -301,14 +313,12 @@ def test_client_checks_what_it_gets() -> None:
             FakeServer(answer).fetch([4096])
     os.close(fd)
     os.close(other)
-    for end in socket_pair:
-        end.close()
     assert peers.num_descriptors() == descriptors
 
 
 def test_client_timeout_is_honoured_and_lets_others_run() -> None:
     release = threading.Event()
-    server = FakeServer(lambda connection: release.wait(20.0) and None)
+    server = FakeServer(lambda connection: release.wait(20.0))
     threading.Timer(1.5, release.set).start()
     start = time.monotonic()
     with pytest.raises(FabricError, match=r"no answer within 0\.3 s"):
@@ -326,7 +336,7 @@ def test_signal_handlers_end_a_fetch() -> None:
         raise Interrupted
 
     release = threading.Event()
-    server = FakeServer(lambda connection: release.wait(20.0) and None)
+    server = FakeServer(lambda connection: release.wait(20.0))
     previous = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:

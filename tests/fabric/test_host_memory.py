@@ -6,19 +6,20 @@ import fcntl
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import fabric_peers as peers
 import pytest
 import torch
 
-from dwdp.fabric import Fabric, FabricError, create_fabric
+from dwdp.fabric import Fabric, FabricError, Region, create_fabric
 
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW = 1, 2, 4
 
 
 @pytest.fixture
-def fabric():
+def fabric() -> Iterator[Fabric]:
     fabric = create_fabric("host")
     yield fabric
     fabric.close()
@@ -128,7 +129,7 @@ def test_pieces_of_several_processes_compose_one_range(fabric: Fabric) -> None:
     total = sum(num_pages) * page
     address_range = fabric.reserve(total)
     exporters = {}
-    pieces = {}
+    pieces: dict[int, Region] = {}
     for rank in (1, 2):
         mine = [i for i in range(6) if owner[i] == rank]
         pages = [num_pages[i] for i in mine]

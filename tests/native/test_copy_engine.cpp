@@ -59,7 +59,7 @@ TEST(copy_engine_copies_a_fetch_and_counts_it) {
   const auto fetch = engine.prepare(lanes);
   CHECK_EQUAL(fetch->num_bytes(), source.size());
   const auto done = std::make_shared<Event>();
-  for (int i = 0; i < 3; ++i) engine.submit(fetch, nullptr, done);
+  for (int i = 0; i < 3; ++i) engine.submit(fetch, done, done);
   done->wait(done->issued());
   CHECK(target == source);
   CHECK_EQUAL(engine.num_bytes_copied(), 3 * source.size());

@@ -112,7 +112,6 @@ TEST(server_survives_garbage_and_silence_without_leaking) {
   DescriptorServer server(kToken, milliseconds(150));
   const std::size_t g = granularity();
   server.publish("one", descriptors_of(allocate(1)));
-  fetch(server.address(), "one", {g});
   const int before = count_descriptors();
   {
     std::vector<UniqueFd> clients;
@@ -141,6 +140,21 @@ TEST(client_honours_its_timeout) {
   CHECK_ERROR(fetch(address, "one", {granularity()}, kToken, milliseconds(200)),
               "no answer within 0.2 s");
   CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(10));
+}
+
+TEST(server_drops_clients_that_do_not_take_their_answer) {
+  DescriptorServer server(kToken, milliseconds(150));
+  server.publish("many", descriptors_of(allocate(1000)));
+  const int before = count_descriptors();
+  const UniqueFd client = connect_raw(server.address());
+  const RequestHeader header{kMagic, 4, kToken};
+  std::string packet(reinterpret_cast<const char*>(&header), sizeof(header));
+  packet += "many";
+  CHECK_EQUAL(send(client.get(), packet.data(), packet.size(), 0),
+              static_cast<ssize_t>(packet.size()));
+  // Two descriptors: the client's end and the server's.
+  CHECK(test::eventually([before] { return count_descriptors() == before + 2; }));
+  CHECK(test::eventually([before] { return count_descriptors() == before + 1; }));
 }
 
 TEST(server_serves_many_clients_at_once) {

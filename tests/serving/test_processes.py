@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -104,11 +105,11 @@ def test_ranks_stop_and_die_and_the_others_go_on(model_dir: Path) -> None:
 
 def test_a_rank_killed_during_set_up_ends_all_with_its_message(model_dir: Path) -> None:
     config = DwdpConfig(dwdp_size=2)
-    with pytest.raises(SetupFailed, match=r"^rank 1 was killed by SIGKILL during set-up$"):
-        with started(model_dir, config) as (processes, dispatcher):
-            pids = processes.pids
-            os.kill(pids[1], signal.SIGKILL)
-            killed = time.monotonic()
+    with started(model_dir, config) as (processes, dispatcher):
+        pids = processes.pids
+        os.kill(pids[1], signal.SIGKILL)
+        killed = time.monotonic()
+        with pytest.raises(SetupFailed, match=r"^rank 1 was killed by SIGKILL during set-up$"):
             dispatcher.wait_until_ready(processes.check)
     assert time.monotonic() - killed < 10
     assert all(is_gone(pid) for pid in pids)
@@ -117,8 +118,8 @@ def test_a_rank_killed_during_set_up_ends_all_with_its_message(model_dir: Path) 
 def test_what_a_rank_finds_wrong_with_the_input_is_quoted(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(BadInput, match=rf"^rank 0: {tmp_path}/none is not a directory"):
-        with started(tmp_path / "none", DwdpConfig(dwdp_size=1)) as (processes, dispatcher):
+    with started(tmp_path / "none", DwdpConfig(dwdp_size=1)) as (processes, dispatcher):
+        with pytest.raises(BadInput, match=rf"^rank 0: {tmp_path}/none is not a directory"):
             dispatcher.wait_until_ready(processes.check)
     assert capfd.readouterr().err == ""
 
@@ -155,7 +156,13 @@ time.sleep(60)
 
 
 def test_ranks_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
-    parent = psutil.Popen([sys.executable, "-c", PARENT], stdout=-1, stderr=-3, cwd=tmp_path)
+    parent = psutil.Popen(
+        [sys.executable, "-c", PARENT],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+    )
     try:
         pids = [int(word) for word in parent.stdout.readline().split()]
         assert len(pids) == 2

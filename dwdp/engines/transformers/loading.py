@@ -19,8 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from dwdp.engines.transformers.checkpoint import Checkpoint, CheckpointError
+from dwdp.engines.transformers.checkpoint_plan import (
+    CheckpointPlan,
+    missing_weights,
+    plan_checkpoint,
+)
 from dwdp.engines.transformers.contract import loading_dtype
-from dwdp.engines.transformers.conversion import CheckpointPlan, missing_weights, plan_checkpoint
 from dwdp.engines.transformers.experts import ExpertLayer, ExpertTensor, find_expert_layers
 from dwdp.engines.transformers.interception import from_pretrained
 
@@ -92,7 +96,7 @@ def inspect_checkpoint(
 
     Args:
         model_dir: a directory with config.json and safetensors weights.
-        dtype: one of ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"``; None is ``"auto"``, the checkpoint's own.
+        dtype: ``"auto"`` (the checkpoint's own; so is None), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Raises:
         CheckpointError: it is missing, corrupt or incomplete.
@@ -138,7 +142,7 @@ def load_sharded(
 
     Args:
         model_dir: a directory with config.json and safetensors weights.
-        dtype: one of ``"auto"``, ``"float32"``, ``"bfloat16"``, ``"float16"``; None is ``"auto"``, the checkpoint's own.
+        dtype: ``"auto"`` (the checkpoint's own; so is None), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         allocate: called once, with the expert layers, before any weight is read.
 
     Raises:
