@@ -138,8 +138,9 @@ void DescriptorServer::run() {
     for (std::size_t i = 0; i < clients.size(); ++i) {
       Client& client = clients[i];
       const bool ready = polled[2 + i].revents != 0;
-      const bool keep = ready ? serve(client) : now < client.deadline;
-      if (!keep) continue;
+      // Serving moves the deadline on when there is progress.
+      if (ready && !serve(client)) continue;
+      if (now >= client.deadline) continue;
       if (kept != i) clients[kept] = std::move(client);
       ++kept;
     }

@@ -307,7 +307,7 @@ def complete(
               help="Finish the schedule by then, with fewer steps if need be.")  # fmt: skip
 @click.option("--seed", type=int, default=0)
 @click.option("--threads", type=click.IntRange(1), default=2)
-@click.option("--batch-size", type=click.IntRange(1), default=16)
+@click.option("--batch-size", type=click.IntRange(1), default=8)
 @click.option("--seq-len", type=click.IntRange(16, MAX_POSITIONS), default=256)
 @click.option("--experts-per-token", type=click.IntRange(1, 16), default=4)
 @click.option("--learning-rate", type=float, default=3e-3, help="Peak of the cosine schedule.")

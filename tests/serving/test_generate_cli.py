@@ -20,11 +20,12 @@ import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from dwdp.cli.display import RunProgress
 from dwdp.cli.main import run
 from dwdp.engines.transformers.make_model import write_checkpoint
 from dwdp.observability.report import GenerateReport
 from dwdp.serving.generation import Generator
-from dwdp.serving.messages import Request
+from dwdp.serving.messages import Completion, Request
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_NEW_TOKENS = 6
@@ -218,6 +219,39 @@ def test_torchrun_starts_the_ranks(without_tokenizer: Path, tmp_path: Path) -> N
     assert not report.exists()
 
 
+def test_a_rank_killed_while_generating_is_reported(
+    without_tokenizer: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def kill_rank_1(progress: RunProgress, completion: Completion) -> None:
+        ranks = sorted(psutil.Process().children(), key=lambda process: process.pid)
+        if len(ranks) == 2:
+            ranks[1].kill()
+
+    monkeypatch.setattr(RunProgress, "prompt_is_finished", kill_rank_1)
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl",
+        *({"id": index, "prompt_token_ids": prompt} for index, prompt in enumerate(TOKEN_PROMPTS)),
+    )
+    output, report = tmp_path / "out.jsonl", tmp_path / "report.json"
+    arguments = ["generate", without_tokenizer, "--dwdp-size", 2, "--prompts", prompts]
+    arguments += ["--output", output, "--report", report, "--max-new-tokens", MAX_NEW_TOKENS]
+    assert run([str(word) for word in arguments]) == 0
+    lines = read_lines(output.read_text())
+    assert [line["token_ids"] for line in lines] == expected_tokens(
+        without_tokenizer, TOKEN_PROMPTS
+    )
+    summary = GenerateReport.model_validate_json(report.read_text())
+    assert summary.lost_ranks == (1,)
+    assert [rank.rank for rank in summary.ranks] == [0, 1]
+    assert summary.totals.num_prompts == len(TOKEN_PROMPTS)
+    error = capfd.readouterr().err
+    assert "dwdp: warning: rank 1 was killed by SIGKILL; its " in error
+    assert "1 lost" in error
+
+
 @pytest.fixture
 def running(without_tokenizer: Path, tmp_path: Path) -> Iterator[psutil.Popen]:
     """The command with its two ranks being set up, or soon after."""
@@ -361,7 +395,7 @@ def test_bad_models_are_refused(refuse: Any, dense: Path, corrupt: Path, tmp_pat
         (("--dtype", "int3"), "'int3' is not one of"),
         (("--num-slots", "1"), "'--num-slots'"),
         (("--temperature", "-1"), "'--temperature'"),
-        (("--temperature", "nan"), "--temperature"),
+        (("--temperature", "nan"), "temperature: Input should be a finite number"),
         (("--max-new-tokens", "0"), "'--max-new-tokens'"),
         (("--max-new-tokens", "511"), "more than the 512 positions"),
         (("--setup-timeout-s", "inf"), "setup"),
