@@ -207,7 +207,7 @@ class DwdpRuntime:
         num_lanes = min(self.config.num_lanes or self.group.size, self.group.size - 1)
         engine = self._fabric.copy_engine(num_lanes, self.config.lane_depth)
         layers = [
-            PreparedLayer(engine.prepare(layer.lanes), layer.num_bytes)
+            PreparedLayer(engine.prepare(layer.lanes, layer.ranges), layer.num_bytes)
             for layer in self._weights.staged_layers(slots, num_lanes)
         ]
         return Pipeline(self._fabric, engine, layers, slots)

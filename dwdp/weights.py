@@ -62,9 +62,10 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class StagedLayer:
-    """One layer's fetch: what to copy from where to where, by lane."""
+    """One layer's fetch: what to copy from where to where, by lane, and the memory it is in."""
 
     lanes: tuple[tuple[Copy, ...], ...]
+    ranges: tuple[AddressRange, ...]
     num_bytes: int
 
 
@@ -280,7 +281,10 @@ class ExpertWeights:
                 for position, piece in enumerate(round_):
                     if piece is not None:
                         lanes[position % num_lanes].append(self._copy(layer, buffers, piece))
-            staged.append(StagedLayer(tuple(map(tuple, lanes)), plans[shape].num_bytes))
+            views = [view for tensor in layer for view in tensor.views.values()]
+            staged.append(
+                StagedLayer(tuple(map(tuple, lanes)), (*buffers, *views), plans[shape].num_bytes)
+            )
         return staged
 
     def close(self) -> None:

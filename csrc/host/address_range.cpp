@@ -41,6 +41,11 @@ const AddressRange::Mapping& AddressRange::mapping() const {
   return *mapping_;
 }
 
+std::shared_ptr<const void> AddressRange::keep_mapped() const {
+  mapping();
+  return mapping_;
+}
+
 std::uintptr_t AddressRange::address() const {
   return reinterpret_cast<std::uintptr_t>(mapping().at(0));
 }

@@ -27,7 +27,11 @@ class AddressRange {
   // owns it: call its deleter once.
   dlpack::DLManagedTensor* bytes_tensor(std::size_t offset, std::size_t num_bytes) const;
 
-  // The range is unmapped when the last tensor that views it is gone. Idempotent.
+  // Keeps the addresses mapped for as long as it lives. Throws FabricError when closed.
+  std::shared_ptr<const void> keep_mapped() const;
+
+  // The range is unmapped when the last tensor that views it, and the last fetch that reads or
+  // writes it, is gone. Idempotent.
   void close() noexcept { mapping_.reset(); }
 
  private:

@@ -55,7 +55,8 @@ py::capsule bytes_capsule(const AddressRange& range, std::size_t offset, std::si
 using CopyTuple = std::tuple<std::uintptr_t, std::uintptr_t, std::size_t>;
 
 std::shared_ptr<const Fetch> prepare(const CopyEngine& engine,
-                                     const std::vector<std::vector<CopyTuple>>& lanes) {
+                                     const std::vector<std::vector<CopyTuple>>& lanes,
+                                     const std::vector<const AddressRange*>& ranges) {
   std::vector<std::vector<Copy>> copies(lanes.size());
   for (std::size_t lane = 0; lane < lanes.size(); ++lane) {
     copies[lane].reserve(lanes[lane].size());
@@ -64,7 +65,9 @@ std::shared_ptr<const Fetch> prepare(const CopyEngine& engine,
           {reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), num_bytes});
     }
   }
-  return engine.prepare(std::move(copies));
+  std::vector<std::shared_ptr<const void>> keep_mapped;
+  for (const AddressRange* range : ranges) keep_mapped.push_back(range->keep_mapped());
+  return engine.prepare(std::move(copies), std::move(keep_mapped));
 }
 
 void register_memory(py::module_& module) {
@@ -111,10 +114,13 @@ void register_copies(py::module_& module) {
                              "Bytes copied since the engine was made.")
       .def(
           "prepare",
-          [](const CopyEngine& engine, const std::vector<std::vector<CopyTuple>>& lanes) {
-            return std::const_pointer_cast<Fetch>(prepare(engine, lanes));
+          [](const CopyEngine& engine, const std::vector<std::vector<CopyTuple>>& lanes,
+             const std::vector<const AddressRange*>& ranges) {
+            return std::const_pointer_cast<Fetch>(prepare(engine, lanes, ranges));
           },
-          py::arg("lanes"), "Lay out a fetch: per lane its ``(dst, src, num_bytes)`` slices.")
+          py::arg("lanes"), py::arg("ranges") = std::vector<const AddressRange*>{},
+          "Lay out a fetch: per lane its ``(dst, src, num_bytes)`` slices. It keeps ``ranges`` "
+          "mapped.")
       .def(
           "submit",
           [](CopyEngine& engine, std::shared_ptr<Fetch> fetch, std::shared_ptr<Event> after,

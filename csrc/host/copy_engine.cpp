@@ -60,7 +60,9 @@ struct Lane {
 
 }  // namespace
 
-Fetch::Fetch(std::vector<std::vector<Copy>> lanes) : lanes_(std::move(lanes)) {
+Fetch::Fetch(std::vector<std::vector<Copy>> lanes,
+             std::vector<std::shared_ptr<const void>> keep_mapped)
+    : lanes_(std::move(lanes)), keep_mapped_(std::move(keep_mapped)) {
   for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
     for (const Copy& copy : lanes_[lane]) {
       const auto dst = reinterpret_cast<std::uintptr_t>(copy.dst);
@@ -271,10 +273,12 @@ CopyEngine::~CopyEngine() noexcept {
 
 std::uint64_t CopyEngine::num_bytes_copied() const noexcept { return state_->num_bytes_copied(); }
 
-std::shared_ptr<const Fetch> CopyEngine::prepare(std::vector<std::vector<Copy>> lanes) const {
+std::shared_ptr<const Fetch> CopyEngine::prepare(
+    std::vector<std::vector<Copy>> lanes,
+    std::vector<std::shared_ptr<const void>> keep_mapped) const {
   DWDP_CHECK(lanes.size() <= num_lanes_, "a fetch of ", lanes.size(),
              " lanes does not fit a copy engine of ", num_lanes_);
-  return std::make_shared<const Fetch>(std::move(lanes));
+  return std::make_shared<const Fetch>(std::move(lanes), std::move(keep_mapped));
 }
 
 void CopyEngine::submit(std::shared_ptr<const Fetch> fetch, std::shared_ptr<Event> after,

@@ -20,8 +20,10 @@ struct Copy {
 // be submitted any number of times.
 class Fetch {
  public:
-  // Throws FabricError for a slice that is empty, overlaps itself or has a null address.
-  explicit Fetch(std::vector<std::vector<Copy>> lanes);
+  // `keep_mapped`: what the slices' addresses belong to, held as long as the fetch. Throws
+  // FabricError for a slice that is empty, overlaps itself or has a null address.
+  explicit Fetch(std::vector<std::vector<Copy>> lanes,
+                 std::vector<std::shared_ptr<const void>> keep_mapped = {});
 
   const std::vector<std::vector<Copy>>& lanes() const noexcept { return lanes_; }
   std::size_t num_slices() const noexcept { return num_slices_; }
@@ -29,6 +31,7 @@ class Fetch {
 
  private:
   std::vector<std::vector<Copy>> lanes_;
+  std::vector<std::shared_ptr<const void>> keep_mapped_;
   std::size_t num_slices_ = 0;
   std::size_t num_bytes_ = 0;
 };
@@ -49,8 +52,11 @@ class CopyEngine {
   std::size_t lane_depth() const noexcept { return lane_depth_; }
   std::uint64_t num_bytes_copied() const noexcept;
 
-  // `lanes`: at most num_lanes of them. The addresses must stay mapped until the fetch is done.
-  std::shared_ptr<const Fetch> prepare(std::vector<std::vector<Copy>> lanes) const;
+  // `lanes`: at most num_lanes of them. Addresses that `keep_mapped` does not hold must stay mapped
+  // until the fetch is done.
+  std::shared_ptr<const Fetch> prepare(
+      std::vector<std::vector<Copy>> lanes,
+      std::vector<std::shared_ptr<const void>> keep_mapped = {}) const;
 
   // Starts `fetch` once the generation of `after` (may be null) issued last has completed, and
   // issues one of `done` that completes with the last slice. Returns at once. Throws FabricError

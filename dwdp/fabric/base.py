@@ -77,8 +77,13 @@ class Event(Protocol):
 class CopyEngine(Protocol):
     """Moves bytes in the background, one lane per source, all lanes at once."""
 
-    def prepare(self, lanes: Sequence[Sequence[Copy]]) -> Any:
-        """Lay out a fetch once, so that submitting it costs no allocation. Returns an opaque fetch."""
+    def prepare(self, lanes: Sequence[Sequence[Copy]], ranges: Sequence[AddressRange] = ()) -> Any:
+        """Lay out a fetch once, so that submitting it costs no allocation. Returns an opaque fetch.
+
+        Args:
+            lanes: the slices of each lane, in order.
+            ranges: what their addresses lie in; they stay mapped at least as long as the fetch.
+        """
 
     def submit(self, fetch: Any, *, after: Event | None, done: Event) -> None:
         """Start ``fetch`` once the last generation of ``after`` has completed; complete ``done`` at its end.

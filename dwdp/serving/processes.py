@@ -41,7 +41,9 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 # The parent's module search path is handed on, so that a rank imports the same dwdp wherever it runs.
 _PROGRAM = """\
 import sys
-sys.path[:] = sys.argv.pop().split("\\n")
+sys.path[:] = sys.argv[2].split("\\n")
+from dwdp.serving.lifetime import end_with_parent
+end_with_parent(int(sys.argv[1]))
 from dwdp.serving.rank import main
 sys.exit(main())
 """
@@ -83,7 +85,6 @@ class RankProcesses:
             dispatcher, token: where each connects, and what it proves itself with.
         """
         job = RankJob(
-            parent_pid=os.getpid(),
             dispatcher=dispatcher,
             token=token,
             model_dir=model_dir,
@@ -93,7 +94,7 @@ class RankProcesses:
         )
         for rank in range(self._config.dwdp_size):
             process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, "dwdp-rank", "\n".join(sys.path)],
+                [sys.executable, "-c", _PROGRAM, str(os.getpid()), "\n".join(sys.path)],
                 env=self._environment(rank, num_threads),
                 stdin=subprocess.PIPE,
                 stdout=2,  # standard output is the command's own

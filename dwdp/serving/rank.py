@@ -6,9 +6,7 @@ launcher the command itself calls :func:`serve_requests`.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import signal
 import sys
 import time
@@ -43,7 +41,6 @@ EXIT_FAILED = 1
 EXIT_PEER_FAILED = 3
 """Another rank's set-up failed; nothing is wrong with this one."""
 
-_PR_SET_PDEATHSIG = 1
 _EXPECTED_ERRORS = (ValueError, GroupError, FabricError, OSError, MemoryError)
 
 
@@ -52,11 +49,9 @@ class RankJob:
     """What a rank's process is told, as one line of JSON on its standard input.
 
     Attributes:
-        parent_pid: the process that must be there for this one to live.
         dispatcher, token: whom to connect to, and what to prove it with.
     """
 
-    parent_pid: int
     dispatcher: str
     token: str
     model_dir: str
@@ -74,14 +69,11 @@ class RankJob:
 
 def main() -> int:
     """Run the rank that the environment and standard input describe; returns the exit code."""
-    _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     line = sys.stdin.readline()
     if not line:
         return EXIT_FAILED
     job = RankJob.from_json(line)
-    if os.getppid() != job.parent_pid:
-        return EXIT_FAILED
     try:
         return _run(job)
     except OSError:  # the dispatcher is gone, and nobody is left to tell
@@ -206,13 +198,6 @@ def _describe(error: Exception) -> str:
     )
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, also when either cannot act any more."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-
-
 def _peak_rss_bytes() -> int:
     # Not getrusage(): its maximum also counts the parent's memory, from before this program began.
     with open("/proc/self/status", encoding="ascii") as file:
@@ -220,7 +205,3 @@ def _peak_rss_bytes() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

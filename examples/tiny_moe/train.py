@@ -186,26 +186,26 @@ ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, experts_per_token: int) -> Qwen3MoeForCausalLM:
-    config = Qwen3MoeConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=16,
-        num_experts_per_tok=experts_per_token,
-        norm_topk_prob=True,
-        moe_intermediate_size=112,
-        intermediate_size=448,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=True,
-        router_aux_loss_coef=AUX_LOSS_WEIGHT,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    model = Qwen3MoeForCausalLM(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 16,
+        "num_experts_per_tok": experts_per_token,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 112,
+        "intermediate_size": 448,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": True,
+        "router_aux_loss_coef": AUX_LOSS_WEIGHT,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
     model.set_experts_implementation("sorted")
     model.generation_config.update(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -279,7 +279,7 @@ def optimizer_for(model: Qwen3MoeForCausalLM) -> torch.optim.AdamW:
 def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a bfloat16 copy, one tensor per expert as Qwen3-MoE checkpoints have them; replaces
     what `folder` held."""
-    copy = Qwen3MoeForCausalLM(model.config)
+    copy: Any = Qwen3MoeForCausalLM(model.config)
     copy.load_state_dict(model.state_dict())
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -289,15 +289,13 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
     partial.rename(folder)
 
 
-def complete(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, num_tokens: int
-) -> str:
+def complete(model: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, num_tokens: int) -> str:
     """The prompt and its greedy continuation."""
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     output = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 @click.command(context_settings={"show_default": True})
@@ -397,6 +395,7 @@ def main(
                 save(model, tokenizer, out / "model")
                 curve.write(out)
     minutes = (time.monotonic() - started) / 60
+    cpu_minutes = time.process_time() / 60
 
     save(model, tokenizer, out / "model")
     # What is reported is the checkpoint as written, in bfloat16.
@@ -418,7 +417,7 @@ def main(
             "tokens seen": f"{step * batch_size * seq_len:,}",
             "optimizer": f"AdamW, peak learning rate {learning_rate:g}, cosine schedule",
             "seed": seed,
-            "time": f"{minutes:.0f} minutes, {threads} thread(s)",
+            "time": f"{minutes:.0f} minutes, {threads} thread(s), {cpu_minutes:.0f} CPU minutes",
             "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
             f"transformers {transformers.__version__}",
         },
@@ -450,8 +449,8 @@ def model_card(
     return f"""# tiny_moe
 
 A Qwen3-MoE language model of {total / 1e6:.1f} million parameters, trained on the sources of \
-Python's standard library. It is small enough to live in the repository and good enough that its \
-output can be read as Python and its perplexity means something. It knows nothing else.
+Python's standard library: small enough to live in the repository, and trained enough that its \
+output has the shape of Python. It knows nothing else, and greedy decoding soon repeats itself.
 
 | | |
 |---|---|

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dwdp.cli.main import run
 from dwdp.engines.transformers import make_model
@@ -21,11 +21,12 @@ from dwdp.engines.transformers.make_model import write_checkpoint
 PROMPT = torch.tensor([[3 + byte for byte in b"expert weights travel"]])
 
 
-def load(folder: Path) -> PreTrainedModel:
+def load(folder: Path) -> Any:
     """The model that ``from_pretrained`` makes; every tensor must come from the files, and be used."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", output_loading_info=True
     )
+    model, info = loaded
     assert not any(info.values()), info
     return model.eval()
 

@@ -98,6 +98,8 @@ def write_checkpoint(
     _check_out(out, force)
     config, model = _build(arch, preset, dtype, expert_bytes, overrides or {})
     layers = find_expert_layers(model)
+    # Counted here, because writing parts the tensors that are tied.
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     kept = _kept_tensors(model)
     num_bytes = sum(tensor.nbytes for tensor in kept.values())
     _check_disk(out, num_bytes)
@@ -117,7 +119,7 @@ def write_checkpoint(
         num_layers=config.num_hidden_layers,
         num_moe_layers=len(layers),
         num_experts=max(layer.num_experts for layer in layers),
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=num_parameters,
         num_bytes=num_bytes,
         expert_bytes=sum(layer.num_bytes for layer in layers),
         num_files=num_files,
