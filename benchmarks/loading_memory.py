@@ -29,6 +29,7 @@ from dwdp.config import DwdpConfig
 from dwdp.engines.transformers import load
 from dwdp.engines.transformers.make_model import write_checkpoint
 from dwdp.group import Group, serve_store
+from dwdp.serving.generation import quiet_transformers
 
 MIB = 1 << 20
 GROUP_PSS_LIMIT = 1.05
@@ -71,6 +72,7 @@ def expert_pss_bytes() -> int:
 
 @torch.inference_mode()
 def run_rank(rank: int, model_dir: str, num_ranks: int, port: int, results: Any) -> None:
+    quiet_transformers()
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     group = Group(rank, num_ranks, store, timeout_s=600)

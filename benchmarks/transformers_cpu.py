@@ -42,6 +42,7 @@ from dwdp.config import DwdpConfig
 from dwdp.engines.transformers import load
 from dwdp.engines.transformers.make_model import write_checkpoint
 from dwdp.group import Group, serve_store
+from dwdp.serving.generation import quiet_transformers
 
 VARIANTS = ("replicas", "direct", "staged", "DEP")
 
@@ -102,6 +103,7 @@ def load_variants(settings: Settings, store: Any, rank: int) -> dict[str, PreTra
 @torch.inference_mode()
 def run_rank(rank: int, settings: Settings, port: int, results: Any) -> None:
     warnings.filterwarnings("ignore")
+    quiet_transformers()
     torch.set_num_threads(settings.threads_per_rank)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(

@@ -7,13 +7,15 @@ the others with its message within seconds.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
 import socket
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -175,9 +177,16 @@ class Group:
 
     @contextmanager
     def setting_up(self) -> Iterator[None]:
-        """Whatever goes wrong inside ends every rank with this rank's message."""
+        """Whatever goes wrong inside ends every rank with this rank's message.
+
+        A peer's failure also interrupts work that does not wait for peers, such as loading weights.
+
+        Raises:
+            PeerFailure: a peer failed or died.
+        """
         try:
-            yield
+            with _interrupted_by(self._peer_failure):
+                yield
         except PeerFailure:
             self._let_peers_read()
             raise
@@ -189,12 +198,12 @@ class Group:
         deadline = time.monotonic() + self._timeout_s
         next_liveness = time.monotonic() + _LIVENESS_S
         while not self._store.check(keys):
-            if self._store.check([_FAILURE]):
-                failure = json.loads(self._store.get(_FAILURE))
-                raise PeerFailure(failure["rank"], failure["message"])
+            failure = self._recorded_failure()
+            if failure is not None:
+                raise failure
             now = time.monotonic()
             if now > next_liveness:
-                self._check_liveness(keys)
+                self._report_deaths(keys)
                 next_liveness = now + _LIVENESS_S
             if now > deadline:
                 silent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
@@ -204,7 +213,22 @@ class Group:
                 )
             time.sleep(_POLL_S)
 
-    def _check_liveness(self, keys: list[str]) -> None:
+    def _recorded_failure(self) -> PeerFailure | None:
+        if not self._store.check([_FAILURE]):
+            return None
+        failure = json.loads(self._store.get(_FAILURE))
+        return PeerFailure(failure["rank"], failure["message"])
+
+    def _peer_failure(self) -> PeerFailure | None:
+        """A failure that another rank has recorded; None also when the store cannot be asked."""
+        try:
+            failure = self._recorded_failure()
+        except RuntimeError:
+            return None
+        return failure if failure is not None and failure.rank != self.rank else None
+
+    def _report_deaths(self, keys: list[str]) -> None:
+        """Speak for peers of this host that are dead without having published their key."""
         for rank, peer in enumerate(self._peers):
             if rank == self.rank or peer.host != self._host or peer.is_alive():
                 continue
@@ -237,6 +261,39 @@ class Group:
                 "the group's store is gone: the process that served it (rank 0, or the launcher) "
                 f"ended during set-up ({str(error).splitlines()[0]})"
             ) from error
+
+
+class _Interrupted(BaseException):
+    """Raised in a thread from outside. Not an Exception, so that no library swallows it."""
+
+
+@contextmanager
+def _interrupted_by(find: Callable[[], PeerFailure | None]) -> Iterator[None]:
+    """Ask ``find`` every now and then, and raise what it finds in the midst of the body."""
+    ended = threading.Event()
+    found: list[PeerFailure] = []
+    thread_id = ctypes.c_ulong(threading.get_ident())
+    raise_in_thread = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def watch() -> None:
+        while not ended.wait(_LIVENESS_S):
+            failure = find()
+            if failure is not None and not ended.is_set():
+                found.append(failure)
+                raise_in_thread(thread_id, ctypes.py_object(_Interrupted))
+                return
+
+    watcher = threading.Thread(target=watch, name="dwdp-set-up", daemon=True)
+    watcher.start()
+    try:
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+            raise_in_thread(thread_id, None)  # Takes one back that has not been raised yet.
+    except _Interrupted:
+        raise found[0] from None
 
 
 def report_failure(store: Any, rank: int, message: str) -> None:

@@ -43,7 +43,8 @@ def run_dwdp(
     command = ["generate", str(model_dir), "--dwdp-size", str(num_ranks), "--fetch-mode", mode]
     command += ["--prompts", str(prompts), "--output", str(output), "--report", str(report)]
     command += ["--max-new-tokens", str(max_new_tokens)]
-    print(f"\n$ dwdp {' '.join(command[:6])} --max-new-tokens {max_new_tokens}", flush=True)
+    shown = ["generate", os.path.relpath(model_dir), *command[2:6], *command[-2:]]
+    print(f"\n$ dwdp {' '.join(shown)}", flush=True)
     subprocess.run([sys.executable, "-m", "dwdp", *command], check=True)
     completions = [json.loads(line) for line in output.read_text().splitlines()]
     return completions, json.loads(report.read_text())
@@ -57,7 +58,9 @@ def run_whole_model(
     from transformers import AutoModelForCausalLM
 
     from dwdp.engines.transformers.experts import find_expert_layers
+    from dwdp.serving.generation import quiet_transformers
 
+    quiet_transformers()
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
     expert_bytes = sum(layer.num_bytes for layer in find_expert_layers(model))
     total_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -132,7 +135,6 @@ def main(model_dir: Path, ranks: int, max_new_tokens: int) -> None:
             runs[mode], reports[mode] = run_dwdp(
                 Path(folder), model_dir, mode, ranks, max_new_tokens
             )
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     whole, dense_bytes, expert_bytes = run_whole_model(model_dir, runs["staged"], max_new_tokens)
     console.print()
     show_completions(console, runs["staged"])

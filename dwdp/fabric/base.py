@@ -82,7 +82,7 @@ class CopyEngine(Protocol):
 
         Args:
             lanes: the slices of each lane, in order.
-            ranges: what their addresses lie in; they stay mapped at least as long as the fetch.
+            ranges: address ranges that they lie in, which stay mapped at least as long as the fetch.
         """
 
     def submit(self, fetch: Any, *, after: Event | None, done: Event) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -147,6 +148,49 @@ def test_a_failure_reported_by_the_launcher_reaches_the_group() -> None:
     report_failure(prefixed(store), 1, "did not start")
     with pytest.raises(PeerFailure, match="rank 1: did not start"):
         Group(0, 2, prefixed(store), timeout_s=5)
+
+
+def test_a_failure_interrupts_a_peer_that_waits_for_nobody() -> None:
+    ended_after_s = []
+
+    def body(group: Group) -> None:
+        if group.rank == 1:
+            raise ValueError("the checkpoint is corrupt")
+        start = time.monotonic()
+        try:
+            while time.monotonic() < start + 60:
+                time.sleep(0.001)
+        finally:
+            ended_after_s.append(time.monotonic() - start)
+
+    with pytest.raises((ValueError, PeerFailure), match="the checkpoint is corrupt"):
+        run_ranks(2, body)
+    assert ended_after_s[0] < 10
+
+
+def test_a_group_that_is_set_up_is_not_interrupted_any_more() -> None:
+    unharmed = []
+
+    def body(group: Group) -> None:
+        for _ in range(5):
+            with group.setting_up():
+                group.barrier("again")
+        report_failure(group._store, 1 - group.rank, "too late")
+        time.sleep(1)
+        unharmed.append(group.rank)
+
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    threads = [
+        threading.Thread(target=lambda r=rank: body(Group(r, 2, store, timeout_s=10)))
+        for rank in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(unharmed) == [0, 1]
 
 
 def test_exchange_is_in_rank_order() -> None:
