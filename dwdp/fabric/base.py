@@ -77,7 +77,7 @@ class Event(Protocol):
 class CopyEngine(Protocol):
     """Moves bytes in the background, one lane per source, all lanes at once."""
 
-    def prepare(self, lanes: Sequence[Sequence[Copy]], ranges: Sequence[AddressRange] = ()) -> Any:
+    def prepare(self, lanes: Sequence[Sequence[Copy]], ranges: Sequence[Any] = ()) -> Any:
         """Lay out a fetch once, so that submitting it costs no allocation. Returns an opaque fetch.
 
         Args:
