@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -26,6 +26,9 @@ from dwdp.launch import LaunchInfo, discover_launch
 TOKEN_BYTES = 16
 _POLL_S = 0.02
 _LIVENESS_S = 0.5
+_FAREWELL_S = 5.0
+_HANDSHAKE_S = 8.0
+_STORE_PATIENCE_S = 60.0
 _STORE_PREFIX = "dwdp"
 _FAILURE = "failure"
 
@@ -45,9 +48,16 @@ class PeerFailure(GroupError):
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """Names one process for good: a pid alone can be given to another process later."""
+    """Names one process for good: a pid alone can be given to another process later.
+
+    Attributes:
+        host: names this boot of this machine.
+        pid_namespace: where ``pid`` means something; containers of one host have different ones.
+        start_ticks: when the process started.
+    """
 
     host: str
+    pid_namespace: int
     pid: int
     start_ticks: int
 
@@ -58,10 +68,14 @@ class ProcessIdentity:
         pid = os.getpid()
         start_ticks = _start_ticks(pid)
         assert start_ticks is not None
-        return cls(host, pid, start_ticks)
+        return cls(host, os.stat("/proc/self/ns/pid").st_ino, pid, start_ticks)
+
+    def is_visible_to(self, other: ProcessIdentity) -> bool:
+        """Whether ``other`` can tell if this process is alive."""
+        return (self.host, self.pid_namespace) == (other.host, other.pid_namespace)
 
     def is_alive(self) -> bool:
-        """Whether the process still runs. Only for a process of this host; a zombie is dead."""
+        """Whether the process, which must be visible to this one, still runs. A zombie is dead."""
         return _start_ticks(self.pid) == self.start_ticks
 
 
@@ -77,25 +91,34 @@ def _start_ticks(pid: int) -> int | None:
 class Group:
     """One rank's view of its group.
 
+    Groups may follow each other on one store: the n-th of every rank meet.
+
     Args:
         rank, size: this rank, and the number of ranks.
         store: a torch store shared by the ranks (TCPStore, or HashStore for a group of one).
         timeout_s: seconds any single wait for the peers may take.
+        serves_store: whether the store ends with this process.
 
     Raises:
         GroupError: the peers did not answer in time.
     """
 
-    def __init__(self, rank: int, size: int, store: Any, *, timeout_s: float) -> None:
+    def __init__(
+        self, rank: int, size: int, store: Any, *, timeout_s: float, serves_store: bool = False
+    ) -> None:
         self.rank = rank
         self.size = size
         self._store = store
         self._timeout_s = timeout_s
+        self._serves_store = serves_store
         self._num_exchanges: Counter[str] = Counter()
+        self._num_set_ups = 0
+        self._is_setting_up = False
         self._peers: tuple[ProcessIdentity, ...] = ()
-        identity = ProcessIdentity.current()
-        self._host = identity.host
-        identities = self.exchange("process", json.dumps(vars(identity)).encode())
+        self._identity = ProcessIdentity.current()
+        with self._store_errors():
+            self._prefix = f"{store.add(f'groups/{rank}', 1)}/"
+        identities = self.exchange("process", json.dumps(vars(self._identity)).encode())
         self._peers = tuple(ProcessIdentity(**json.loads(raw)) for raw in identities)
         token = secrets.token_bytes(TOKEN_BYTES) if rank == 0 else b""
         self.token = self.exchange("token", token)[0]
@@ -124,30 +147,22 @@ class Group:
         Raises:
             GroupError: the store's port is taken, or the store or a peer did not answer in time.
         """
-        from torch.distributed import DistError, PrefixStore, TCPStore
-
-        try:
-            if launch.rank == 0 and not launch.store_is_served:
-                store = serve_store(launch.host, launch.port, launch.size)
-            else:
-                store = TCPStore(
-                    launch.host,
-                    launch.port,
-                    is_master=False,
-                    timeout=timedelta(seconds=timeout_s),
-                )
-        except (DistError, RuntimeError) as error:
-            if isinstance(error, GroupError):
-                raise
-            raise GroupError(
-                f"rank {launch.rank} could not reach the group's store at "
-                f"{launch.host}:{launch.port} within {timeout_s:.0f} s"
-            ) from error
-        return cls(launch.rank, launch.size, PrefixStore(_STORE_PREFIX, store), timeout_s=timeout_s)
+        serves_store = launch.rank == 0 and not launch.store_is_served
+        if serves_store:
+            store = serve_store(launch.host, launch.port, launch.size)
+        else:
+            store = _connect_store(launch, min(timeout_s, _STORE_PATIENCE_S))
+        return cls(
+            launch.rank,
+            launch.size,
+            prefixed(store, launch.attempt),
+            timeout_s=timeout_s,
+            serves_store=serves_store,
+        )
 
     @property
     def is_one_host(self) -> bool:
-        return all(peer.host == self._host for peer in self._peers)
+        return all(peer.host == self._identity.host for peer in self._peers)
 
     def exchange(self, key: str, value: bytes) -> list[bytes]:
         """Publish ``value`` under ``key`` and return every rank's value, in rank order.
@@ -158,7 +173,7 @@ class Group:
             PeerFailure: a peer failed or died.
             GroupError: a peer did not answer in time.
         """
-        numbered = f"{key}#{self._num_exchanges[key]}"
+        numbered = f"{self._prefix}{key}#{self._num_exchanges[key]}"
         self._num_exchanges[key] += 1
         keys = [f"{numbered}/{rank}" for rank in range(self.size)]
         with self._store_errors():
@@ -179,20 +194,33 @@ class Group:
     def setting_up(self) -> Iterator[None]:
         """Whatever goes wrong inside ends every rank with this rank's message.
 
-        A peer's failure also interrupts work that does not wait for peers, such as loading weights.
+        A peer's failure or death also interrupts work that does not wait for peers, such as loading
+        weights. A block within another one adds nothing. Every rank enters as many.
 
         Raises:
             PeerFailure: a peer failed or died.
         """
+        if self._is_setting_up:
+            yield
+            return
+        self._is_setting_up = True
+        finished = f"{self._prefix}set-up#{self._num_set_ups}"
+        self._num_set_ups += 1
         try:
-            with _interrupted_by(self._peer_failure):
+            with _interrupted_by(lambda: self._peer_failure(finished)):
                 yield
+            with self._store_errors():
+                self._store.set(f"{finished}/{self.rank}", b"1")
+            if self._serves_store:
+                self._await_quietly(finished)
         except PeerFailure:
             self._let_peers_read()
             raise
         except BaseException as error:
             self.fail(str(error) or type(error).__name__)
             raise
+        finally:
+            self._is_setting_up = False
 
     def _wait(self, keys: list[str], what: str) -> None:
         deadline = time.monotonic() + self._timeout_s
@@ -219,36 +247,52 @@ class Group:
         failure = json.loads(self._store.get(_FAILURE))
         return PeerFailure(failure["rank"], failure["message"])
 
-    def _peer_failure(self) -> PeerFailure | None:
-        """A failure that another rank has recorded; None also when the store cannot be asked."""
+    def _peer_failure(self, finished: str) -> PeerFailure | None:
+        """Why another rank cannot end the set-up whose end ranks publish under ``finished``."""
         try:
+            self._report_deaths([f"{finished}/{rank}" for rank in range(self.size)])
             failure = self._recorded_failure()
-        except RuntimeError:
+        except RuntimeError:  # The store is gone; the next exchange says so.
             return None
         return failure if failure is not None and failure.rank != self.rank else None
 
     def _report_deaths(self, keys: list[str]) -> None:
-        """Speak for peers of this host that are dead without having published their key."""
+        """Speak for peers that are dead without having published their key."""
         for rank, peer in enumerate(self._peers):
-            if rank == self.rank or peer.host != self._host or peer.is_alive():
+            if not peer.is_visible_to(self._identity) or peer.is_alive():
                 continue
             # A rank that failed properly says so before it ends: its own words come first.
             if not self._store.check([_FAILURE]) and not self._store.check([keys[rank]]):
                 report_failure(self._store, rank, f"process {peer.pid} died during set-up")
 
-    def _let_peers_read(self, patience_s: float = 5.0) -> None:
+    def _let_peers_read(self) -> None:
         """Keep a store that lives in this process up until the peers have seen the failure."""
+        seen = f"{self._prefix}seen"
         try:
-            self._store.set(f"seen/{self.rank}", b"1")
-            keys = [f"seen/{rank}" for rank in range(self.size)]
-            deadline = time.monotonic() + patience_s
-            while not self._store.check(keys) and time.monotonic() < deadline:
-                alive = [peer.is_alive() for peer in self._peers if peer.host == self._host]
-                if self._peers and sum(alive) <= 1:
+            self._store.set(f"{seen}/{self.rank}", b"1")
+        except RuntimeError:
+            return
+        self._await_quietly(seen)
+
+    def _await_quietly(self, key: str) -> None:
+        """Wait a few seconds at most for every living peer to publish ``key``. Never raises."""
+        deadline = time.monotonic() + _FAREWELL_S
+        try:
+            while time.monotonic() < deadline:
+                missing = [r for r in range(self.size) if not self._store.check([f"{key}/{r}"])]
+                if not any(self._may_be_alive(rank) for rank in missing):
                     return
                 time.sleep(_POLL_S)
         except RuntimeError:
             return
+
+    def _may_be_alive(self, rank: int) -> bool:
+        if rank == self.rank:
+            return False
+        if not self._peers:
+            return True
+        peer = self._peers[rank]
+        return not peer.is_visible_to(self._identity) or peer.is_alive()
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
@@ -304,6 +348,47 @@ def report_failure(store: Any, rank: int, message: str) -> None:
         return
 
 
+def _connect_store(launch: LaunchInfo, patience_s: float) -> Any:
+    """The group's store, which may be served a little later than this process starts.
+
+    Whether anybody listens is asked first: a TCPStore waits much longer than its timeout for a port
+    that is not open, or that another program listens on.
+    """
+    from torch.distributed import TCPStore
+
+    where = f"{launch.host}:{launch.port}"
+    deadline = time.monotonic() + patience_s
+    while True:
+        left_s = max(deadline - time.monotonic(), 0.1)
+        try:
+            with socket.create_connection((launch.host, launch.port), timeout=left_s):
+                break
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise GroupError(
+                    f"rank {launch.rank} could not reach the group's store at {where} within "
+                    f"{patience_s:.0f} s: {error.strerror or error}. Did rank 0 start?"
+                ) from error
+            time.sleep(_POLL_S)
+    connected: list[Any] = []
+
+    def connect() -> None:
+        timeout = timedelta(seconds=patience_s)
+        with suppress(RuntimeError):
+            connected.append(TCPStore(launch.host, launch.port, is_master=False, timeout=timeout))
+
+    # In a thread, because the handshake has no time limit of its own.
+    thread = threading.Thread(target=connect, name="dwdp-store", daemon=True)
+    thread.start()
+    thread.join(_HANDSHAKE_S)
+    if not connected:
+        raise GroupError(
+            f"rank {launch.rank}: what listens on {where} does not answer as the group's store; "
+            "is the port taken by another program?"
+        )
+    return connected[0]
+
+
 def serve_store(host: str, port: int, size: int) -> Any:
     """Serve a TCPStore for ``size`` ranks on ``host:port`` alone, not on every interface.
 
@@ -335,8 +420,8 @@ def serve_store(host: str, port: int, size: int) -> Any:
     )
 
 
-def prefixed(store: Any) -> Any:
-    """The part of ``store`` that a group uses, for a launcher that serves the store itself."""
+def prefixed(store: Any, attempt: int = 0) -> Any:
+    """The part of ``store`` that the ranks of one attempt use (a launcher may start them again)."""
     from torch.distributed import PrefixStore
 
-    return PrefixStore(_STORE_PREFIX, store)
+    return PrefixStore(f"{_STORE_PREFIX}/{attempt}", store)

@@ -1,7 +1,8 @@
 """Which rank this process is: read from the launcher that started it.
 
-torchrun, mpirun (Open MPI, MPICH and their relatives) and srun tell a process its rank in the
-environment. dwdp's own launcher uses the ``DWDP_*`` variables below, which win over the others.
+torchrun, mpirun and srun tell a process its rank in the environment. MPICH's mpirun names no job, so
+it needs ``DWDP_RENDEZVOUS`` besides. dwdp's own launcher uses the ``DWDP_*`` variables below, which win
+over the others.
 
 | variable | meaning |
 | --- | --- |
@@ -46,6 +47,7 @@ class LaunchInfo:
         size: ranks started together.
         host, port: where the group's store is, or will be.
         store_is_served: whether somebody outside the group serves the store; otherwise rank 0 does.
+        attempt: how often the launcher has started the ranks before.
     """
 
     launcher: str
@@ -54,6 +56,7 @@ class LaunchInfo:
     host: str
     port: int
     store_is_served: bool
+    attempt: int = 0
 
 
 def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | None:
@@ -73,12 +76,14 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | Non
             "a rank lies between 0 and the size less one"
         )
     host, port = _rendezvous(environ, launcher)
+    # The agent of torchrun serves a store at its own address, not at one that the user names.
     served = (
         environ.get(DWDP_STORE_IS_SERVED) == "1"
-        if launcher == "dwdp"
+        if DWDP_RENDEZVOUS in environ
         else environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     )
-    return LaunchInfo(launcher, rank, size, host, port, served)
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launcher == "torchrun" else "0"
+    return LaunchInfo(launcher, rank, size, host, port, served, int(attempt))
 
 
 def _find_launcher(environ: Mapping[str, str]) -> tuple[str, str, str] | None:
@@ -112,8 +117,13 @@ def _rendezvous(environ: Mapping[str, str], launcher: str) -> tuple[str, int]:
     job = ".".join(environ[key] for key in _JOB_VARIABLES if key in environ)
     if not job:
         raise LaunchError(f"{launcher} names no job; set {DWDP_RENDEZVOUS}=host:port on every rank")
-    host = environ.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    return host, _FIRST_DERIVED_PORT + zlib.crc32(job.encode()) % _NUM_DERIVED_PORTS
+    num_nodes = environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1"))
+    if num_nodes != "1":
+        raise LaunchError(
+            f"{launcher} runs on {num_nodes} nodes; set {DWDP_RENDEZVOUS}=host:port on every rank, "
+            "with the node of rank 0"
+        )
+    return "127.0.0.1", _FIRST_DERIVED_PORT + zlib.crc32(job.encode()) % _NUM_DERIVED_PORTS
 
 
 def parse_address(text: str, what: str) -> tuple[str, int]:

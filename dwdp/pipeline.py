@@ -115,13 +115,14 @@ class Pipeline:
     def begin(self, layer: int) -> None:
         """Return when ``layer``'s slot may be read."""
         slot = self._slots[layer]
+        waited_s = 0.0
         if self._staged[slot] != layer:
             self.stats.num_refetches += 1
             # What was fetched for another layer may still be arriving: it must not overtake this.
-            self._ready[slot].wait()
+            waited_s += self._ready[slot].wait()
             self._free[slot].record()
             self._fetch(layer)
-        waited_s = self._ready[slot].wait()
+        waited_s += self._ready[slot].wait()
         if waited_s > 0:
             self.stats.num_waits += 1
             self.stats.exposed_wait_s += waited_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from dwdp.serving.messages import Hello, Ready
 from dwdp.serving.plan import RunPlan, plan_run
 from dwdp.serving.processes import RankProcesses
 from dwdp.serving.prompts import Prompt, prompts_from_texts, read_prompts
-from dwdp.serving.rank import load_rank, serve_requests
+from dwdp.serving.rank import EXPECTED_ERRORS, load_rank, serve_requests
 from dwdp.serving.results import check_writable, completion_lines, make_report, write_files
 
 EXIT_FAILURE = 1
@@ -253,10 +254,12 @@ def _run_launched(options: GenerateOptions, launch: LaunchInfo) -> int:
             plan, outcome = desk.outcome()
             _hand_over(options, plan, desk.ready, outcome, launcher=launch.launcher)
         return 0 if is_finished else EXIT_FAILURE
-    except Exception:
+    except Exception as error:
         if launch.rank == 0:
             raise
-        # Rank 0 prints this rank's message, once for all.
+        # Rank 0 prints this rank's message, once for all; where an error came from is said here.
+        if not isinstance(error, EXPECTED_ERRORS):
+            traceback.print_exception(error)
         return EXIT_FAILURE
     finally:
         if channel is not None:
@@ -308,16 +311,24 @@ class _Desk:
     def _run(self) -> None:
         try:
             with self._dispatcher:
-                self._outcome = _dispatch(self._dispatcher, self._plan, self._check)
+                self._outcome = _dispatch(
+                    self._dispatcher, self._plan, self._check, check_run=self._check
+                )
         except Exception as error:
             self._error = error
 
     def _check(self) -> None:
         if self._is_cancelled.is_set():
-            raise SetupFailed("the group's set-up failed")
+            raise SetupFailed("rank 0 failed")
 
 
-def _dispatch(dispatcher: Dispatcher, plan: RunPlan, check: Callable[[], None]) -> Outcome:
+def _dispatch(
+    dispatcher: Dispatcher,
+    plan: RunPlan,
+    check_set_up: Callable[[], None],
+    *,
+    check_run: Callable[[], None] = lambda: None,
+) -> Outcome:
     """Wait for the ranks and have the prompts answered, with a progress bar and warnings."""
     console = _console()
 
@@ -326,9 +337,12 @@ def _dispatch(dispatcher: Dispatcher, plan: RunPlan, check: Callable[[], None]) 
         _say(console, f"dwdp: warning: rank {lost.rank} {lost.reason}{rest}")
 
     with show_progress(console, dispatcher.num_ranks, len(plan.requests)) as progress:
-        dispatcher.wait_until_ready(check, progress.rank_is_ready)
+        dispatcher.wait_until_ready(check_set_up, progress.rank_is_ready)
         outcome = dispatcher.run(
-            plan.requests, on_completion=progress.prompt_is_finished, on_lost=warn
+            plan.requests,
+            check=check_run,
+            on_completion=progress.prompt_is_finished,
+            on_lost=warn,
         )
         dispatcher.finish()
     return outcome

@@ -79,6 +79,14 @@ class Channel:
         self._socket.close()
 
 
+def _is_own_user(connection: socket.socket) -> bool:
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size
+    )
+    _, user, _ = _PEER_CREDENTIALS.unpack(credentials)
+    return bool(user == os.geteuid())
+
+
 class RankChannel:
     """A rank's end of a connection: sends and receives one message at a time, and waits for it."""
 
@@ -91,11 +99,13 @@ class RankChannel:
         """Connect to the listener called ``name``.
 
         Raises:
-            OSError: nobody listens there.
+            OSError: nobody listens there, or another user's process does.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.connect(f"\0{name}")
+            if not _is_own_user(connection):
+                raise PermissionError(f"{name} belongs to another user's process")
         except OSError:
             connection.close()
             raise
@@ -141,11 +151,7 @@ class Listener:
             connection, _ = self._socket.accept()
         except (BlockingIOError, ConnectionError):
             return None
-        credentials = connection.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size
-        )
-        _, user, _ = _PEER_CREDENTIALS.unpack(credentials)
-        if user != os.geteuid():
+        if not _is_own_user(connection):
             connection.close()
             return None
         return Channel(connection)

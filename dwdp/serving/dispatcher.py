@@ -137,23 +137,36 @@ class Dispatcher:
         self,
         requests: Sequence[Request],
         *,
+        check: Callable[[], None] = lambda: None,
         on_completion: Callable[[Completion], None] = lambda completion: None,
         on_lost: Callable[[LostRank], None] = lambda lost: None,
     ) -> Outcome:
         """Have every request answered; ``requests[i].index`` is ``i``.
 
         Each goes to the rank with the fewest outstanding tokens. A rank that dies is done without.
+        ``check`` is called ten times a second; what it raises ends the run.
 
         Raises:
             GenerateError: every rank died, or a request raised an error in a rank.
         """
         costs = [len(request.token_ids) + request.max_new_tokens for request in requests]
-        schedule = Schedule(costs, sorted(self._channels))
+        schedule = Schedule(costs, range(self.num_ranks))
         answers: dict[int, tuple[int, Completion]] = {}
         counters = [Counters()] * self.num_ranks
         lost: list[LostRank] = []
         started = time.monotonic()
         while not schedule.is_finished:
+            check()
+            for rank in self._take_gone():
+                held = schedule.lose(rank)
+                lost.append(LostRank(rank, self._describe_loss(rank), len(held)))
+                on_lost(lost[-1])
+            if not schedule.ranks:
+                reasons = "; ".join(f"rank {loss.rank} {loss.reason}" for loss in lost)
+                raise GenerateError(
+                    f"no rank is left and {len(requests) - schedule.num_finished} of "
+                    f"{len(requests)} prompts are unfinished: {reasons}"
+                )
             for rank, index in schedule.assign():
                 self._channels[rank].send(requests[index])
             for rank, message in self._poll(_POLL_S):
@@ -166,16 +179,6 @@ class Dispatcher:
                     raise GenerateError(
                         f"prompt {message.index + 1} failed on rank {rank}: {message.message}"
                     )
-            for rank in self._take_gone():
-                held = schedule.lose(rank)
-                lost.append(LostRank(rank, self._describe_loss(rank), len(held)))
-                on_lost(lost[-1])
-            if not schedule.ranks:
-                reasons = "; ".join(f"rank {loss.rank} {loss.reason}" for loss in lost)
-                raise GenerateError(
-                    f"no rank is left and {len(requests) - schedule.num_finished} of "
-                    f"{len(requests)} prompts are unfinished: {reasons}"
-                )
         return Outcome(
             completions=tuple(answers[index] for index in range(len(requests))),
             counters=tuple(counters),

@@ -41,7 +41,7 @@ EXIT_FAILED = 1
 EXIT_PEER_FAILED = 3
 """Another rank's set-up failed; nothing is wrong with this one."""
 
-_EXPECTED_ERRORS = (ValueError, GroupError, FabricError, OSError, MemoryError)
+EXPECTED_ERRORS = (ValueError, GroupError, FabricError, OSError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _complaints_to(channel: RankChannel) -> Iterator[None]:
     except PeerFailure:
         raise
     except Exception as error:
-        if not isinstance(error, _EXPECTED_ERRORS):
+        if not isinstance(error, EXPECTED_ERRORS):
             traceback.print_exc()
         channel.send(Failed(_describe(error), isinstance(error, ValueError)))
         raise
@@ -194,7 +194,7 @@ def _complaints_to(channel: RankChannel) -> Iterator[None]:
 def _describe(error: Exception) -> str:
     text = str(error)
     return (
-        text if isinstance(error, _EXPECTED_ERRORS) and text else f"{type(error).__name__}: {text}"
+        text if isinstance(error, EXPECTED_ERRORS) and text else f"{type(error).__name__}: {text}"
     )
 
 

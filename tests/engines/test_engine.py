@@ -140,6 +140,44 @@ def test_attach_and_detach_a_loaded_model(tmp_path: Path, mode: str) -> None:
     run_ranks(3, body)
 
 
+@pytest.mark.parametrize("mode", ["staged", "direct"])
+def test_detach_keeps_a_forward_of_the_users_own(tmp_path: Path, mode: str) -> None:
+    checkpoint = make_checkpoint("qwen3_moe", tmp_path / "model")
+    original = whole_model(checkpoint)
+    config = DwdpConfig(dwdp_size=2, fetch_mode=mode)
+
+    def body(group: Group) -> int:
+        model = copy.deepcopy(original)
+        experts = model.model.layers[0].mlp.experts
+        forward, calls = experts.forward, []
+
+        def counted(*args: object) -> object:
+            calls.append(args)
+            return forward(*args)
+
+        experts.forward = counted
+        attachment = attach(model, group, config)
+        logits(model)
+        attachment.detach()
+        assert experts.forward is counted
+        logits(model)
+        return len(calls)
+
+    assert run_ranks(2, body) == [2, 2]
+
+
+def test_a_staged_model_refuses_to_be_trained(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("qwen3_moe", tmp_path / "model")
+    config = DwdpConfig(dwdp_size=2, fetch_mode="staged")
+
+    def check(model: PreTrainedModel) -> None:
+        with pytest.raises(RuntimeError, match="staged experts are for inference"):
+            model(PROMPT, use_cache=False)
+        logits(model)
+
+    on_ranks(config, lambda group: load(checkpoint, group, config), check)
+
+
 def test_an_exception_in_a_forward_leaves_the_ring_usable(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("qwen3_moe", tmp_path / "model")
     expected = Expected(whole_model(checkpoint))

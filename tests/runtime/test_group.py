@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from ranks import run_ranks
@@ -22,6 +23,7 @@ from dwdp.group import (
     report_failure,
     serve_store,
 )
+from dwdp.launch import LaunchInfo
 
 MEMBER = """
 import os, signal, sys, time
@@ -207,4 +209,36 @@ def test_a_group_of_one_needs_nobody() -> None:
 def test_a_recycled_pid_is_not_the_same_process() -> None:
     mine = ProcessIdentity.current()
     assert mine.is_alive()
-    assert not ProcessIdentity(mine.host, mine.pid, mine.start_ticks + 1).is_alive()
+    assert not replace(mine, start_ticks=mine.start_ticks + 1).is_alive()
+
+
+def test_a_process_of_another_container_cannot_be_judged() -> None:
+    mine = ProcessIdentity.current()
+    assert mine.is_visible_to(mine)
+    assert not replace(mine, pid_namespace=mine.pid_namespace + 1).is_visible_to(mine)
+
+
+def test_groups_can_follow_each_other_on_one_store() -> None:
+    def body(group: Group) -> list[bytes]:
+        if group.rank == 1:
+            time.sleep(0.2)
+        second = Group(group.rank, group.size, group._store, timeout_s=10)
+        assert second.token != group.token
+        return second.exchange("process", str(group.rank).encode())
+
+    assert run_ranks(2, body) == [[b"0", b"1"]] * 2
+
+
+def test_a_port_that_somebody_else_listens_on_does_not_hold_a_rank() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        launch = LaunchInfo("mpirun", 1, 2, "127.0.0.1", taken.getsockname()[1], False)
+        with pytest.raises(GroupError, match="does not answer as the group's store"):
+            Group.join(launch, timeout_s=5)
+
+
+def test_a_store_that_nobody_serves_is_named() -> None:
+    launch = LaunchInfo("mpirun", 1, 2, "127.0.0.1", free_port(), False)
+    with pytest.raises(GroupError, match="could not reach the group's store"):
+        Group.join(launch, timeout_s=0.3)

@@ -23,6 +23,7 @@ SRUN = {
     "SLURM_NTASKS": "4",
     "SLURM_JOB_ID": "77",
     "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_NODES": "1",
     "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7",
 }
 
@@ -49,7 +50,18 @@ def test_mpirun_ranks_derive_one_address() -> None:
 def test_srun() -> None:
     launch = discover_launch(SRUN)
     assert launch is not None
-    assert (launch.launcher, launch.rank, launch.size, launch.host) == ("srun", 0, 4, "10.0.0.7")
+    assert (launch.launcher, launch.rank, launch.size, launch.host) == ("srun", 0, 4, "127.0.0.1")
+
+
+def test_torchrun_with_a_rendezvous_of_the_users_own() -> None:
+    launch = discover_launch({**TORCHRUN, "DWDP_RENDEZVOUS": "127.0.0.1:4000"})
+    assert launch is not None
+    assert (launch.port, launch.store_is_served) == (4000, False)
+
+
+def test_torchrun_counts_its_attempts() -> None:
+    launch = discover_launch({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "2"})
+    assert launch is not None and launch.attempt == 2
 
 
 def test_a_batch_script_is_not_a_rank() -> None:
@@ -80,6 +92,8 @@ def test_an_explicit_rendezvous_wins_over_a_derived_one() -> None:
         ({**TORCHRUN, "RANK": "4"}, "rank 4 of 4"),
         ({"RANK": "0", "WORLD_SIZE": "2"}, "no MASTER_ADDR"),
         ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, "set DWDP_RENDEZVOUS"),
+        ({**SRUN, "SLURM_STEP_NUM_NODES": "2"}, "runs on 2 nodes; set DWDP_RENDEZVOUS"),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "set DWDP_RENDEZVOUS"),
         ({**OPEN_MPI, "DWDP_RENDEZVOUS": "nowhere"}, "DWDP_RENDEZVOUS='nowhere' is not host:port"),
     ],
 )

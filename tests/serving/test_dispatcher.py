@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -162,6 +163,31 @@ def test_the_prompts_of_a_rank_that_dies_go_to_the_others() -> None:
     assert 1 <= losses[0].num_unfinished <= MAX_IN_FLIGHT
     assert {rank for rank, _ in outcome.completions} == {0, 2}
     assert [completion.index for _, completion in outcome.completions] == list(range(12))
+
+
+def test_a_rank_that_dies_before_its_first_prompt_is_done_without() -> None:
+    with Dispatcher(2, describe_loss=lambda rank: "was killed by SIGKILL") as dispatcher:
+        early = FakeRank(dispatcher, 0, work)
+        early.channel._socket.shutdown(socket.SHUT_RDWR)
+        late = FakeRank(dispatcher, 1, work)
+        dispatcher.wait_until_ready()
+        outcome = dispatcher.run(requests(5))
+    assert late.seen == [0, 1, 2, 3, 4]
+    assert [(loss.rank, loss.num_unfinished) for loss in outcome.lost] == [(0, 0)]
+
+
+def test_a_run_can_be_ended_from_outside() -> None:
+    def hold(rank: FakeRank, request: Request) -> bool:
+        return True
+
+    def check() -> None:
+        raise GenerateError("enough")
+
+    with Dispatcher(1) as dispatcher:
+        FakeRank(dispatcher, 0, hold)
+        dispatcher.wait_until_ready()
+        with pytest.raises(GenerateError, match="enough"):
+            dispatcher.run(requests(1), check=check)
 
 
 def test_when_every_rank_dies_the_run_fails_with_their_ends() -> None:

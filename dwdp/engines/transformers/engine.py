@@ -74,18 +74,19 @@ def load(
         ValueError: the experts cannot be placed on the group.
         GroupError, FabricError: the group's memory cannot be set up.
     """
-    runtime = DwdpRuntime(group, config)
-    try:
-        model, layers, report = load_sharded(
-            model_dir, dtype, lambda layers: _LoadTarget(runtime, layers)
-        )
-        runtime.attach()
-    except BaseException:
-        runtime.detach()
-        raise
+    with group.setting_up():
+        runtime = DwdpRuntime(group, config)
+        try:
+            model, layers, report = load_sharded(
+                model_dir, dtype, lambda layers: _LoadTarget(runtime, layers)
+            )
+            runtime.attach()
+        except BaseException:
+            runtime.detach()
+            raise
     attachment = Attachment(model, runtime, report)
     for index, layer in enumerate(layers):
-        attachment._undo.append(_install(runtime, index, layer, restore=_to_meta))
+        attachment._undo.append(_install(runtime, index, layer, restore_copies=False))
     return attachment
 
 
@@ -99,27 +100,20 @@ def attach(model: PreTrainedModel, group: Group, config: DwdpConfig) -> Attachme
         UnsupportedModelError: the model has no experts that can be shared out; the text says why.
         ValueError, GroupError, FabricError: as :func:`load`.
     """
-    layers = find_expert_layers(model)
-    runtime = DwdpRuntime(group, config)
-    originals = [
-        {tensor.name: layer.module.get_parameter(tensor.name) for tensor in layer.tensors}
-        for layer in layers
-    ]
-    try:
-        weights = runtime.allocate(layer_specs(layers))
-        for index, parameters in enumerate(originals):
-            placement = weights.placement(index)
-            for name, parameter in parameters.items():
-                for expert in placement.resident_experts(group.rank):
-                    weights.destination(index, name, expert).copy_(parameter.detach()[expert])
-        runtime.attach()
-    except BaseException:
-        runtime.detach()
-        raise
-    originals.clear()
+    with group.setting_up():
+        layers = find_expert_layers(model)
+        runtime = DwdpRuntime(group, config)
+        try:
+            weights = runtime.allocate(layer_specs(layers))
+            for index, layer in enumerate(layers):
+                _copy_resident(weights, index, layer, group.rank)
+            runtime.attach()
+        except BaseException:
+            runtime.detach()
+            raise
     attachment = Attachment(model, runtime, None)
     for index, layer in enumerate(layers):
-        attachment._undo.append(_install(runtime, index, layer, restore=torch.clone))
+        attachment._undo.append(_install(runtime, index, layer, restore_copies=True))
     return attachment
 
 
@@ -135,6 +129,13 @@ def layer_specs(layers: Sequence[ExpertLayer]) -> list[LayerSpec]:
         )
         for layer in layers
     ]
+
+
+def _copy_resident(weights: ExpertWeights, index: int, layer: ExpertLayer, rank: int) -> None:
+    for tensor in layer.tensors:
+        parameter = layer.module.get_parameter(tensor.name).detach()
+        for expert in weights.placement(index).resident_experts(rank):
+            weights.destination(index, tensor.name, expert).copy_(parameter[expert])
 
 
 class _LoadTarget:
@@ -153,42 +154,59 @@ class _LoadTarget:
 
 
 def _install(
-    runtime: DwdpRuntime,
-    index: int,
-    layer: ExpertLayer,
-    restore: Callable[[torch.Tensor], torch.Tensor],
+    runtime: DwdpRuntime, index: int, layer: ExpertLayer, *, restore_copies: bool
 ) -> Callable[[], None]:
-    """Give a layer its composite tensors; returns what undoes it."""
+    """Give a layer its composite tensors; returns what undoes it.
+
+    Undone, its parameters are copies of all experts, or (``restore_copies`` false) on the meta device.
+    """
     module = layer.module
     requires_grad = {t.name: module.get_parameter(t.name).requires_grad for t in layer.tensors}
     for name, composite in runtime.tensors(index).items():
         module.register_parameter(name, nn.Parameter(composite, requires_grad=False))
-    if runtime.is_staged:
-        _bracket_forward(module, runtime, index)
+    unbracket = _bracket_forward(module, runtime, index) if runtime.is_staged else None
 
     def undo() -> None:
-        module.__dict__.pop("forward", None)
-        runtime.begin(index)
+        if unbracket is not None:
+            unbracket()
+        if restore_copies:
+            runtime.begin(index)
         for name, grad in requires_grad.items():
-            tensor = restore(module.get_parameter(name).detach())
+            composite = module.get_parameter(name).detach()
+            tensor = composite.clone() if restore_copies else composite.to("meta")
             module.register_parameter(name, nn.Parameter(tensor, requires_grad=grad))
-        runtime.end(index)
+        if restore_copies:
+            runtime.end(index)
 
     return undo
 
 
-def _bracket_forward(module: nn.Module, runtime: DwdpRuntime, index: int) -> None:
+def _bracket_forward(module: nn.Module, runtime: DwdpRuntime, index: int) -> Callable[[], None]:
+    """Put ``begin`` and ``end`` around the module's forward; returns what undoes it."""
     forward = module.forward
+    previous = module.__dict__.get("forward")
 
     def staged_forward(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(_needs_grad(value) for value in args):
+            raise RuntimeError(
+                "staged experts are for inference: their slot is refilled before a backward pass would "
+                "read it. Run the model under torch.inference_mode(), or use fetch_mode='direct'"
+            )
         runtime.begin(index)
         try:
             return forward(*args, **kwargs)
         finally:
             runtime.end(index)
 
+    def undo() -> None:
+        if previous is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.forward = previous
+
     module.forward = staged_forward
+    return undo
 
 
-def _to_meta(composite: torch.Tensor) -> torch.Tensor:
-    return composite.to("meta")
+def _needs_grad(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
