@@ -21,7 +21,7 @@ struct Descriptor {
 };
 
 // Hands published descriptors to processes of the same user that know the token. Listens under an
-// unguessable name of the abstract namespace, which leaves nothing behind however the process ends.
+// random name of the abstract namespace, which leaves nothing behind however the process ends.
 class DescriptorServer {
  public:
   // A client that is silent, or does not take its answer, is dropped after `client_timeout`.

@@ -35,6 +35,8 @@ from dwdp.serving.rank import EXPECTED_ERRORS, load_rank, serve_requests
 from dwdp.serving.results import check_writable, completion_lines, make_report, write_files
 
 EXIT_FAILURE = 1
+MIN_TEMPERATURE = 0.001
+"""Below this, logits divided by the temperature leave the range of half precision."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class GenerateOptions:
 )
 @click.option(
     "--threads-per-rank",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=1024),
     help="Compute threads of each rank. Default: the cores, shared out evenly.",
 )
 @click.option(
@@ -164,6 +166,11 @@ def _check_options(
                 f"{values['port']}: {launch.launcher} has chosen where the ranks meet",
                 param_hint="--port",
             )
+    if 0 < values["temperature"] < MIN_TEMPERATURE:
+        raise click.BadParameter(
+            f"{values['temperature']:g}: use 0 for the likeliest token, or {MIN_TEMPERATURE} and above",
+            param_hint="--temperature",
+        )
     config = config_from_options(values)
     if (values["prompts_path"] is None) == (not values["prompt_texts"]):
         raise click.UsageError("give either --prompts FILE or --prompt TEXT")

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import errno
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ _BAD_INPUT_ERRNOS = frozenset(
         errno.EADDRINUSE,
         errno.EEXIST,
         errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
         errno.ENOENT,
         errno.ENOTDIR,
         errno.ENOTEMPTY,
@@ -126,7 +129,13 @@ def cli(settings: Settings, debug: bool) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``dwdp`` with ``args`` (the process's own by default) and exit."""
+    signal.signal(signal.SIGTERM, _end)
     sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def _end(signal_number: int, _frame: object) -> None:
+    """End like on an error, so that what is half done is removed."""
+    sys.exit(128 + signal_number)
 
 
 def run(args: Sequence[str]) -> int:

@@ -23,6 +23,10 @@ class Generator:
         base = model.generation_config
         end = base.eos_token_id
         self._end_tokens = frozenset(end if isinstance(end, list) else [end]) - {None}
+        if not all(isinstance(token, int) for token in self._end_tokens):
+            raise ValueError(
+                f"generation_config.json: eos_token_id is {end!r}, not a token's number"
+            )
         self._greedy = copy.deepcopy(base)
         self._greedy.update(do_sample=False, temperature=None, top_k=None, top_p=None, min_p=None)
         self._drawn = copy.deepcopy(base)

@@ -99,7 +99,12 @@ def _run(job: RankJob) -> int:
     except Exception:
         return EXIT_FAILED
     with attachment:
-        return EXIT_DONE if serve_requests(channel, attachment) else EXIT_FAILED
+        try:
+            with _complaints_to(channel):
+                is_finished = serve_requests(channel, attachment)
+        except ValueError:
+            return EXIT_FAILED
+        return EXIT_DONE if is_finished else EXIT_FAILED
 
 
 def load_rank(
@@ -125,9 +130,12 @@ def serve_requests(channel: RankChannel, attachment: Attachment) -> bool:
 
     Returns:
         Whether the dispatcher said that it is finished; otherwise it died.
+
+    Raises:
+        ValueError: the checkpoint's generation config cannot be used.
     """
-    channel.send(_ready(attachment))
     generator = Generator(attachment.model)
+    channel.send(_ready(attachment))
     num_prompts = prompt_tokens = generated_tokens = 0
     first_request_s: float | None = None
     for message in channel:

@@ -169,6 +169,9 @@ def test_header_that_is_not_json(path: Path) -> None:
         (lambda entry: entry.pop("shape"), ["its header is not valid ('shape')"]),
         (lambda entry: entry.update(data_offsets=[0, 8]), ["cannot lie at bytes"]),
         (lambda entry: entry.update(data_offsets=None), ["its header is not valid"]),
+        (lambda entry: entry.update(data_offsets=[0.0, 8.0]), ["are no whole numbers"]),
+        (lambda entry: entry.update(shape="64"), ["are no whole numbers"]),
+        (lambda entry: entry.update(shape=[float("inf")]), ["are no whole numbers"]),
     ],
 )
 def test_header_that_contradicts_itself(
@@ -176,6 +179,19 @@ def test_header_that_contradicts_itself(
 ) -> None:
     edit_header(path, lambda header: edit(header["model.norm.weight"]))
     assert_refused(path, CheckpointError, WEIGHTS, *parts)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000])
+def test_header_that_is_no_object(text: str, path: Path) -> None:
+    (path / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text.encode())
+    assert_refused(path, CheckpointError, WEIGHTS, "header")
+
+
+@pytest.mark.parametrize("top_k", [0, 99])
+def test_more_experts_per_token_than_there_are(top_k: int, path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": top_k}))
+    assert_refused(path, CheckpointError, f"num_experts_per_tok is {top_k}")
 
 
 def test_no_weights(path: Path) -> None:

@@ -397,6 +397,8 @@ def test_bad_models_are_refused(refuse: Any, dense: Path, corrupt: Path, tmp_pat
         (("--dtype", "int3"), "'int3' is not one of"),
         (("--num-slots", "1"), "'--num-slots'"),
         (("--temperature", "-1"), "'--temperature'"),
+        (("--temperature", "1e-40"), "--temperature: 1e-40: use 0"),
+        (("--threads-per-rank", "100000"), "'--threads-per-rank'"),
         (("--temperature", "nan"), "temperature: Input should be a finite number"),
         (("--max-new-tokens", "0"), "'--max-new-tokens'"),
         (("--max-new-tokens", "511"), "more than the 512 positions"),

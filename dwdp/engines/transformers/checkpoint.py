@@ -129,7 +129,7 @@ class SafetensorsFile:
             raise
         try:
             self.tensors = self._parse(header, 8 + header_bytes, size)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             self.close()
             if isinstance(error, CheckpointError):
                 raise
@@ -157,13 +157,17 @@ class SafetensorsFile:
 
     def _parse(self, header: bytes, start: int, size: int) -> dict[str, LazyTensor]:
         entries = json.loads(header)
+        if not isinstance(entries, dict):
+            raise self._corrupt("its header is no JSON object")
         entries.pop("__metadata__", None)
         tensors = {}
         end = 0
         for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
             if entry["dtype"] not in _DTYPES:
                 raise self._corrupt(f"{key} has dtype {entry['dtype']}, which dwdp does not load")
-            shape = tuple(int(extent) for extent in entry["shape"])
+            shape = tuple(entry["shape"])
+            if not all(type(number) is int for number in (*shape, *entry["data_offsets"])):
+                raise self._corrupt(f"{key} has a shape or offsets that are no whole numbers")
             tensor = LazyTensor(self, key, _DTYPES[entry["dtype"]], shape, start + end)
             first, last = entry["data_offsets"]
             if first != end or last - first != tensor.num_bytes or any(n < 0 for n in shape):
@@ -253,7 +257,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object")

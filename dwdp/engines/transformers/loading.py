@@ -49,7 +49,6 @@ class CheckpointInfo:
     Attributes:
         config: of the model that will run (the text part of a composite checkpoint).
         num_experts: of the layer that has fewest.
-        top_k: experts per token, where the configuration says.
         dtype: what the model is loaded in.
         dense_bytes: every weight and buffer that is not an expert tensor, once loaded.
         expert_bytes: one whole copy of all expert tensors.
@@ -60,7 +59,6 @@ class CheckpointInfo:
     model_type: str
     num_layers: int
     num_experts: int
-    top_k: int | None
     dtype: torch.dtype
     dense_bytes: int
     expert_bytes: int
@@ -107,6 +105,7 @@ def inspect_checkpoint(
 
     def inspect(model: PreTrainedModel, load_config: Any, checkpoint: Checkpoint, _: Any) -> Any:
         layers = find_expert_layers(model, load_config.dtype_plan)
+        _check_routing(Path(model_dir), model.config, layers)
         plan_checkpoint(model, layers, checkpoint.tensors, load_config)
         found.append((model, load_config, layers))
         raise _InspectedError
@@ -120,7 +119,6 @@ def inspect_checkpoint(
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
         num_experts=min(layer.num_experts for layer in layers),
-        top_k=getattr(config, "num_experts_per_tok", None),
         dtype=load_config.dtype,
         dense_bytes=_dense_bytes(model, layers, load_config.dtype_plan),
         expert_bytes=sum(layer.num_bytes for layer in layers),
@@ -163,6 +161,7 @@ def load_sharded(
     ) -> Any:
         nonlocal resident_bytes, read_bytes
         layers.extend(find_expert_layers(model, load_config.dtype_plan))
+        _check_routing(Path(model_dir), model.config, layers)
         plan = plan_checkpoint(model, layers, checkpoint.tensors, load_config)
         resident_bytes = _read_experts(plan, layers, allocate(layers))
         info, offload_index = load_dense(model, plan.dense, None, load_config)
@@ -187,6 +186,16 @@ def load_sharded(
         peak_rss_bytes=_status_bytes("VmHWM"),
     )
     return model, layers, report
+
+
+def _check_routing(path: Path, config: PreTrainedConfig, layers: Sequence[ExpertLayer]) -> None:
+    num_experts = min(layer.num_experts for layer in layers)
+    top_k = getattr(config, "num_experts_per_tok", None)
+    if isinstance(top_k, int) and not 1 <= top_k <= num_experts:
+        raise CheckpointError(
+            f"{path / 'config.json'}: num_experts_per_tok is {top_k}, but a layer has {num_experts} "
+            "experts; a token goes to at least 1 and at most all of them"
+        )
 
 
 def _read_experts(plan: CheckpointPlan, layers: Sequence[ExpertLayer], memory: ExpertMemory) -> int:
