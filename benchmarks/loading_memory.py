@@ -12,6 +12,7 @@ measures, in every rank's process:
 from __future__ import annotations
 
 import json
+import queue
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
@@ -110,7 +111,15 @@ def measure(model_dir: str, num_ranks: int) -> list[RankMemory]:
     ]
     for process in processes:
         process.start()
-    ranks = [results.get(timeout=1200) for _ in processes]
+    ranks: list[RankMemory] = []
+    while len(ranks) < num_ranks:
+        try:
+            ranks.append(results.get(timeout=1))
+        except queue.Empty:
+            if any(process.exitcode for process in processes):
+                for process in processes:
+                    process.kill()
+                raise SystemExit("a rank failed; its traceback is above") from None
     for process in processes:
         process.join()
     return sorted(ranks, key=lambda memory: memory.rank)

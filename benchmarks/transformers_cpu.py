@@ -44,6 +44,7 @@ from dwdp.engines.transformers.make_model import write_checkpoint
 from dwdp.group import Group, serve_store
 from dwdp.serving.generation import quiet_transformers
 
+MIN_DIRECT_RATIO = 0.95
 VARIANTS = ("replicas", "direct", "staged", "DEP")
 
 
@@ -69,10 +70,10 @@ class Row:
     def median(self, variant: str) -> float:
         return statistics.median(self.tokens_per_s[variant])
 
-    def ratio(self, variant: str) -> float:
-        """Median over the rounds of this variant's rate over the replicas' of the same round."""
+    def ratios(self, variant: str) -> list[float]:
+        """Per round, this variant's rate over the replicas'."""
         pairs = zip(self.tokens_per_s[variant], self.tokens_per_s["replicas"], strict=True)
-        return statistics.median(ours / replicas for ours, replicas in pairs)
+        return [ours / replicas for ours, replicas in pairs]
 
 
 def prompt_lengths(settings: Settings, cv: float, round_: int, rank: int) -> list[int]:
@@ -212,9 +213,17 @@ def table(rows: list[Row], settings: Settings) -> Table:
             measured = variant in row.tokens_per_s
             cells.append(f"{row.median(variant):.0f}" if measured else "-")
             if variant != "replicas":
-                cells.append(f"{row.ratio(variant):.2f}" if measured else "-")
+                cells.append(quartiles(row.ratios(variant)) if measured else "-")
         table.add_row(*cells)
     return table
+
+
+def quartiles(ratios: list[float]) -> str:
+    """``median (lower-upper quartile)``."""
+    if len(ratios) < 2:
+        return f"{ratios[0]:.2f}"
+    lower, median, upper = statistics.quantiles(ratios, n=4)
+    return f"{median:.2f} ({lower:.2f}-{upper:.2f})"
 
 
 def cpu_name() -> str:
@@ -272,9 +281,12 @@ def main(
         rows = measure(settings)
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table(rows, settings))
+    direct = [ratio for row in rows for ratio in row.ratios("direct")]
     console.print(
-        "ratio: tokens/s over the replicas', median of the rounds. "
-        "DWDP logits are bit-identical to the replica's."
+        "ratio: tokens/s over the replicas' of the same round, median (quartiles). "
+        "DWDP logits are bit-identical to the replica's.\n"
+        f"direct over replicas, all {len(direct)} pairs: {quartiles(direct)}; at least "
+        f"{MIN_DIRECT_RATIO} is wanted"
     )
     if output is not None:
         figures = {
@@ -285,6 +297,7 @@ def main(
         }
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(figures, indent=2) + "\n")
+    sys.exit(0 if statistics.median(direct) >= MIN_DIRECT_RATIO else 1)
 
 
 if __name__ == "__main__":
