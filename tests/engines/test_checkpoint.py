@@ -194,6 +194,14 @@ def test_more_experts_per_token_than_there_are(top_k: int, path: Path) -> None:
     assert_refused(path, CheckpointError, f"num_experts_per_tok is {top_k}")
 
 
+@pytest.mark.parametrize("field", ["num_hidden_layers", "num_local_experts"])
+def test_sizes_beyond_the_checkpoint(field: str, path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    assert field in config
+    (path / "config.json").write_text(json.dumps({**config, field: 10**9, "layer_types": None}))
+    assert_refused(path, CheckpointError, " is 1000000000", "room for")
+
+
 def test_no_weights(path: Path) -> None:
     (path / WEIGHTS).unlink()
     assert_refused(path, CheckpointError, f"neither {WEIGHTS} nor {INDEX}")

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dwdp.engines.transformers.checkpoint import CheckpointError, open_checkpoint, read_json
+from dwdp.engines.transformers.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    open_checkpoint,
+    read_json,
+)
 from dwdp.engines.transformers.contract import internals
 from dwdp.engines.transformers.experts import UnsupportedModelError, refuse_quantized
 
@@ -48,6 +53,7 @@ def from_pretrained(
     internals()
     config = _read_config(model_dir)
     with open_checkpoint(model_dir, getattr(config, "transformers_weights", None)) as checkpoint:
+        _check_sizes(model_dir, config, checkpoint)
         began = False
 
         def begin(model: Any, load_config: Any, original: Any) -> Any:
@@ -108,6 +114,28 @@ def _read_config(model_dir: Path) -> PreTrainedConfig:
 
 _active: ContextVar[ReadWeights | None] = ContextVar("dwdp_read_weights", default=None)
 _patch_lock = threading.RLock()
+
+
+def _check_sizes(model_dir: Path, config: PreTrainedConfig, checkpoint: Checkpoint) -> None:
+    """Refuse sizes far beyond what the checkpoint holds: building such a model would take for ever.
+
+    A layer has a tensor at least, and a router a row for every expert.
+    """
+    tensors = checkpoint.tensors.values()
+    num_rows = max((extent for tensor in tensors for extent in tensor.shape), default=0)
+    limits = {
+        "num_hidden_layers": len(tensors),
+        "num_experts": max(num_rows, len(tensors)),
+        "num_local_experts": max(num_rows, len(tensors)),
+        "n_routed_experts": max(num_rows, len(tensors)),
+    }
+    for name, limit in limits.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > limit:
+            raise CheckpointError(
+                f"{model_dir / 'config.json'}: {name} is {value}, but the checkpoint's tensors leave "
+                f"room for {limit} at most"
+            )
 
 
 @contextmanager
