@@ -231,22 +231,23 @@ def test_a_rank_killed_while_generating_is_reported(
             ranks[1].kill()
 
     monkeypatch.setattr(RunProgress, "prompt_is_finished", kill_rank_1)
+    # So many that rank 1 holds some whenever it is killed.
+    token_prompts = [*TOKEN_PROMPTS] * 10
     prompts = write_lines(
         tmp_path / "prompts.jsonl",
-        *({"id": index, "prompt_token_ids": prompt} for index, prompt in enumerate(TOKEN_PROMPTS)),
+        *({"id": index, "prompt_token_ids": prompt} for index, prompt in enumerate(token_prompts)),
     )
     output, report = tmp_path / "out.jsonl", tmp_path / "report.json"
     arguments = ["generate", without_tokenizer, "--dwdp-size", 2, "--prompts", prompts]
     arguments += ["--output", output, "--report", report, "--max-new-tokens", MAX_NEW_TOKENS]
     assert run([str(word) for word in arguments]) == 0
     lines = read_lines(output.read_text())
-    assert [line["token_ids"] for line in lines] == expected_tokens(
-        without_tokenizer, TOKEN_PROMPTS
-    )
+    expected = expected_tokens(without_tokenizer, TOKEN_PROMPTS) * 10
+    assert [line["token_ids"] for line in lines] == expected
     summary = GenerateReport.model_validate_json(report.read_text())
     assert summary.lost_ranks == (1,)
     assert [rank.rank for rank in summary.ranks] == [0, 1]
-    assert summary.totals.num_prompts == len(TOKEN_PROMPTS)
+    assert summary.totals.num_prompts == len(token_prompts)
     error = capfd.readouterr().err
     assert "dwdp: warning: rank 1 was killed by SIGKILL; its " in error
     assert "1 lost" in error
