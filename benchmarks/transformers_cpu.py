@@ -279,7 +279,7 @@ def main(
             new_tokens,
         )
         rows = measure(settings)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     console.print(table(rows, settings))
     direct = [ratio for row in rows for ratio in row.ratios("direct")]
     console.print(
