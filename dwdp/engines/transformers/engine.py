@@ -6,7 +6,8 @@ In staged mode its forward is bracketed by ``begin`` and ``end`` of the runtime.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -74,16 +75,10 @@ def load(
         ValueError: the experts cannot be placed on the group.
         GroupError, FabricError: the group's memory cannot be set up.
     """
-    with group.setting_up():
-        runtime = DwdpRuntime(group, config)
-        try:
-            model, layers, report = load_sharded(
-                model_dir, dtype, lambda layers: _LoadTarget(runtime, layers)
-            )
-            runtime.attach()
-        except BaseException:
-            runtime.detach()
-            raise
+    with _attaching(group, config) as runtime:
+        model, layers, report = load_sharded(
+            model_dir, dtype, lambda layers: _LoadTarget(runtime, layers)
+        )
     attachment = Attachment(model, runtime, report)
     for index, layer in enumerate(layers):
         attachment._undo.append(_install(runtime, index, layer, restore_copies=False))
@@ -100,21 +95,28 @@ def attach(model: PreTrainedModel, group: Group, config: DwdpConfig) -> Attachme
         UnsupportedModelError: the model has no experts that can be shared out; the text says why.
         ValueError, GroupError, FabricError: as :func:`load`.
     """
-    with group.setting_up():
+    with _attaching(group, config) as runtime:
         layers = find_expert_layers(model)
-        runtime = DwdpRuntime(group, config)
-        try:
-            weights = runtime.allocate(layer_specs(layers))
-            for index, layer in enumerate(layers):
-                _copy_resident(weights, index, layer, group.rank)
-            runtime.attach()
-        except BaseException:
-            runtime.detach()
-            raise
+        weights = runtime.allocate(layer_specs(layers))
+        for index, layer in enumerate(layers):
+            _copy_resident(weights, index, layer, group.rank)
     attachment = Attachment(model, runtime, None)
     for index, layer in enumerate(layers):
         attachment._undo.append(_install(runtime, index, layer, restore_copies=True))
     return attachment
+
+
+@contextmanager
+def _attaching(group: Group, config: DwdpConfig) -> Iterator[DwdpRuntime]:
+    """A runtime to load into; attached when the body ends, given up when anything goes wrong."""
+    with group.setting_up():
+        runtime = DwdpRuntime(group, config)
+        try:
+            yield runtime
+            runtime.attach()
+        except BaseException:
+            runtime.detach()
+            raise
 
 
 def layer_specs(layers: Sequence[ExpertLayer]) -> list[LayerSpec]:
