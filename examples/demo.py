@@ -21,14 +21,14 @@ from rich.text import Text
 
 MODEL_DIR = Path(__file__).parent / "tiny_moe" / "model"
 PROMPTS = (
-    "def read_file(path):\n",
-    "import os\nimport sys\n",
-    "class Node:\n    def __init__(self",
-    "    for key, value in ",
+    '    def close(self):\n        """',
+    'def parse_args(argv):\n    """',
+    "with open(path,",
+    'class TestError(Exception):\n    """',
+    "def __repr__(self):\n",
     "    if not isinstance(",
     "    try:\n        return ",
     '    """Return the ',
-    "def main():\n",
 )
 MODES = ("staged", "direct")
 
