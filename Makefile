@@ -5,6 +5,7 @@
 #   CXX=clang++         C++17 compiler of the native module
 #   TORCH_INDEX=URL     further package index, for a CPU build of torch (see CONTRIBUTING.md)
 #   PYTEST_ARGS='-k x'  more arguments for pytest
+#   GPU_REPORT_ARGS=... more arguments for the GPU report, such as --output-dir DIR
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -14,6 +15,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_ARGS ?=
+GPU_REPORT_ARGS ?=
 ifeq ($(origin CXX),default)
 CXX := $(firstword $(foreach name,g++ clang++ c++,$(shell command -v $(name))) g++)
 endif
@@ -25,12 +27,15 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input install -c constraint
 # Of pip's output: one line per package that is downloaded or built. Errors go to stderr and stay.
 PIP_LINES := sed -unE '/\.metadata/d; s/^ *(Downloading|Using cached|Building) /      \1 /p'
 
+# The GPU report installs nothing: it takes the virtual environment if there is one, else PYTHON's own packages.
+GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+
 PACKAGES_STAMP := $(VENV)/.packages
 NATIVE_STAMP := $(VENV)/.native
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES := find csrc tests/native -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: help setup toolchain demo test test-asan test-tsan lint format bench clean distclean
+.PHONY: help setup toolchain demo test test-asan test-tsan lint format bench bench-serve gpu-report clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +99,15 @@ format: setup ## rewrite the sources in the project's format
 bench: setup ## run the CPU benchmarks
 	@$(PY) benchmarks/transformers_cpu.py
 	@$(PY) benchmarks/loading_memory.py
+
+bench-serve: setup ## measure dwdp serve against its limits: survival, throughput, latency, memory (20 minutes)
+	@$(PY) benchmarks/serving.py
+
+gpu-report: ## on a GPU: build, run the GPU tests and benchmarks, write benchmarks/results/ (9 minutes)
+	@$(GPU_PY) -c 'import click, psutil, pybind11, pydantic, pytest, pytest_timeout, rich, setuptools, torch, \
+	  transformers, yaml' || { echo "error: $(GPU_PY) lacks a package: make setup, or name an interpreter" \
+	  "that has them with PYTHON=..." >&2; exit 2; }
+	@$(GPU_PY) benchmarks/gpu/report.py $(GPU_REPORT_ARGS)
 
 clean: ## remove build outputs and caches
 	@rm -rf build dist *.egg-info dwdp/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

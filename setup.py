@@ -1,14 +1,39 @@
-"""Builds the native core, csrc/, into ``dwdp._C``. Metadata lives in pyproject.toml."""
+"""Builds the native core, csrc/, into ``dwdp._C``. Metadata lives in pyproject.toml.
+
+The CUDA fabric is built where nvcc and its headers are found: in CUDA_HOME or CUDA_PATH, on the PATH,
+or in /usr/local/cuda. Environment:
+
+    DWDP_CUDA        0: without the CUDA fabric; 1: not without it; else whatever is found
+    DWDP_CUDA_ARCHS  GPU architectures of the kernels, "90 100" for instance
+    DWDP_BUILD_JOBS  files that are compiled at a time; 2 unless set, 0 for one per processor
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+KERNELS = ("demand", "spin")
+
+# Those that the toolkit knows are taken, and PTX of the last for GPUs newer than any.
+DEFAULT_ARCHITECTURES = ("80", "90", "100", "120")
+
+# Older headers lack cuMemcpyBatchAsync's types.
+OLDEST_CUDA = 12080
+
+
+class BuildError(Exception):
+    """What the user has to put right."""
 
 
 def read_version() -> str:
@@ -23,11 +48,184 @@ def files(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
 
 
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit.
+
+    Attributes:
+        architectures: of the kernels; PTX of the last one is added.
+    """
+
+    nvcc: Path
+    include: Path
+    architectures: tuple[str, ...]
+
+    @property
+    def described(self) -> str:
+        return " ".join([*self.architectures, f"{self.architectures[-1]}+PTX"])
+
+    def compile(self, source: Path, fatbin: Path) -> None:
+        command = [
+            str(self.nvcc),
+            "-std=c++17",
+            "-O3",
+            "-lineinfo",
+            "-fatbin",
+            f"-I{ROOT / 'csrc'}",
+        ]
+        for architecture in self.architectures:
+            command.append(f"-gencode=arch=compute_{architecture},code=sm_{architecture}")
+        newest = self.architectures[-1]
+        command.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+        run([*command, str(source), "-o", str(fatbin)])
+
+
+def run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode != 0:
+        raise BuildError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def find_cuda() -> Cuda:
+    """The toolkit to build with.
+
+    Raises:
+        BuildError: there is none, it is too old, or it lacks an architecture that was asked for.
+    """
+    on_path = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    homes += [str(Path(on_path).resolve().parent.parent) if on_path else None, "/usr/local/cuda"]
+    folders = [Path(home) for home in homes if home]
+    found = next(((home, path) for home in folders if (path := find_headers(home))), None)
+    if found is None:
+        raise BuildError(
+            "no CUDA toolkit, nvcc and headers, in CUDA_HOME, CUDA_PATH, around the nvcc on the PATH "
+            "or in /usr/local/cuda; install one, or set CUDA_HOME"
+        )
+    home, include = found
+    nvcc = home / "bin" / "nvcc"
+    header = (include / "cuda.h").read_text(encoding="utf-8", errors="replace")
+    match = re.search(r"^#define CUDA_VERSION (\d+)$", header, re.MULTILINE)
+    version = int(match.group(1)) if match else 0
+    if version < OLDEST_CUDA:
+        raise BuildError(
+            f"{include}/cuda.h is of CUDA {version / 1000:.1f}; 12.8 or newer is needed"
+        )
+    return Cuda(nvcc, include, choose_architectures(nvcc))
+
+
+def find_headers(home: Path) -> Path | None:
+    """The folder of the driver's headers in a toolkit that has nvcc; None where it is not one."""
+    if not os.access(home / "bin" / "nvcc", os.X_OK):
+        return None
+    candidates = [home / "include", *sorted(home.glob("targets/*/include"))]
+    return next((path for path in candidates if (path / "cudaTypedefs.h").is_file()), None)
+
+
+def choose_architectures(nvcc: Path) -> tuple[str, ...]:
+    known = re.findall(r"compute_(\w+)", run([str(nvcc), "--list-gpu-arch"]))
+    asked = re.split(r"[\s,;]+", os.environ.get("DWDP_CUDA_ARCHS", "").strip().replace(".", ""))
+    if asked == [""]:
+        return tuple(name for name in DEFAULT_ARCHITECTURES if name in known)
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise BuildError(
+            f"DWDP_CUDA_ARCHS names {', '.join(unknown)}, but {nvcc} knows {', '.join(known)}"
+        )
+    return tuple(sorted(set(asked), key=known.index))
+
+
+def wanted_cuda() -> Cuda | None:
+    """The toolkit, or None where the module is built without CUDA; says why."""
+    choice = os.environ.get("DWDP_CUDA", "")
+    if choice == "0":
+        return None
+    try:
+        if choice not in ("", "1"):
+            raise BuildError(f"DWDP_CUDA is {choice!r}: set it to 0 or 1, or unset it")
+        return find_cuda()
+    except BuildError as error:
+        if choice != "":
+            raise
+        print(f"dwdp is built without its CUDA fabric: {error}", file=sys.stderr)
+        return None
+
+
+class BuildNativeCore(build_ext):
+    """``build_ext`` that adds the CUDA fabric where there is a toolkit."""
+
+    def build_extensions(self) -> None:
+        try:
+            cuda = wanted_cuda()
+            [extension] = self.extensions
+            if cuda is not None:
+                self.add_cuda(extension, cuda)
+        except BuildError as error:
+            sys.exit(f"error: {error}")
+        self.rebuild_if_changed(repr((cuda, extension.sources, extension.define_macros)))
+        super().build_extensions()
+
+    def add_cuda(self, extension: Pybind11Extension, cuda: Cuda) -> None:
+        extension.define_macros += [
+            ("DWDP_WITH_CUDA", None),
+            ("DWDP_CUDA_ARCHS", f'"{cuda.described}"'),
+        ]
+        # A system folder, so that its headers give no warnings.
+        extension.extra_compile_args += ["-isystem", str(cuda.include)]
+        extension.extra_link_args.append("-ldl")
+        extension.sources += files("cuda/**/*.cpp") + files("bindings/cuda_*.cpp")
+        extension.sources += [self.embed(kernel, cuda) for kernel in KERNELS]
+
+    def embed(self, kernel: str, cuda: Cuda) -> str:
+        """Compile one kernel, and write a source file that holds what came out. Returns its path."""
+        source = ROOT / "csrc" / "cuda" / "kernels" / f"{kernel}.cu"
+        folder = Path(self.build_temp, "kernels")
+        folder.mkdir(parents=True, exist_ok=True)
+        embedded = folder / f"{kernel}_image.cpp"
+        inputs = [source, *source.parent.glob("*.cuh")]
+        digest = hashlib.sha256(repr(cuda).encode())
+        for path in inputs:
+            digest.update(path.read_bytes())
+        stamp = f"// {digest.hexdigest()}\n"
+        if not embedded.is_file() or not embedded.read_text().startswith(stamp):
+            fatbin = folder / f"{kernel}.fatbin"
+            cuda.compile(source, fatbin)
+            embedded.write_text(stamp + as_array(f"k{kernel.title()}Image", fatbin.read_bytes()))
+        return str(embedded)
+
+    def rebuild_if_changed(self, configuration: str) -> None:
+        """Compile everything when it was last built from or for something else."""
+        last = Path(self.build_temp, "configuration.txt")
+        if not last.is_file() or last.read_text() != configuration:
+            self.force = True
+            last.parent.mkdir(parents=True, exist_ok=True)
+            last.write_text(configuration)
+
+
+def as_array(name: str, content: bytes) -> str:
+    numbers = ",".join(map(str, content))
+    return (
+        "namespace dwdp::cuda {\n"
+        f"extern const unsigned char {name}[];\n"
+        f"alignas(16) const unsigned char {name}[] = {{{numbers}}};\n"
+        "}  // namespace dwdp::cuda\n"
+    )
+
+
 native_core = Pybind11Extension(
     "dwdp._C",
-    sources=files("**/*.cpp"),
+    sources=[
+        source
+        for folder in ("common", "host", "transport", "bindings")
+        for source in files(f"{folder}/*.cpp")
+        if not source.startswith("csrc/bindings/cuda_")
+    ],
     # Any change to a header rebuilds everything: there is no finer dependency tracking here.
-    depends=files("**/*.hpp"),
+    depends=files("**/*.hpp") + files("**/*.cu*"),
     include_dirs=["csrc"],
     define_macros=[("DWDP_VERSION", f'"{read_version()}"')],
     cxx_std=17,
@@ -35,7 +233,6 @@ native_core = Pybind11Extension(
     extra_link_args=["-pthread"],
 )
 
-# DWDP_BUILD_JOBS files are compiled at a time; 2 unless set, 0 for one per processor.
 ParallelCompile("DWDP_BUILD_JOBS", default=2).install()
 
-setup(ext_modules=[native_core], cmdclass={"build_ext": build_ext})
+setup(ext_modules=[native_core], cmdclass={"build_ext": BuildNativeCore})

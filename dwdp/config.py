@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 MAX_RANKS = 72
 """Ranks of one NVLink domain (NVL72), the largest group that placement is built and tested for."""
 
-FetchMode = Literal["staged", "direct", "auto"]
+FetchMode = Literal["staged", "direct", "demand", "auto"]
 
 
 class DwdpConfig(BaseModel):
@@ -42,14 +42,21 @@ class DwdpConfig(BaseModel):
     fetch_mode: FetchMode = Field(
         default="auto",
         description="How remote experts are read: staged (copied ahead into a ring of slots), direct "
-        "(from the peer's memory, without a copy), or auto (direct where the fabric is shared host "
-        "memory, staged elsewhere).",
+        "(from the peer's memory, without a copy), demand (only activated ones are copied, after "
+        "routing), or auto (direct where the fabric is shared host memory; on GPUs demand for steps of "
+        "few tokens and staged for the others).",
+    )
+    demand_max_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="Steps of at most this many tokens fetch on demand (auto, on GPUs). Default: as the "
+        "performance model expects for the device.",
     )
     num_slots: int = Field(
         default=2,
         ge=2,
-        description="Staging slots of the ring (staged). One more is used when the number of MoE layers "
-        "is odd and only 2 are given, because the last layer and the first must not share one.",
+        description="Staging slots of the ring (staged, auto). One more is used when the number of MoE "
+        "layers is odd and only 2 are given, because the last layer and the first must not share one.",
     )
     slice_bytes: int = Field(
         default=4 << 20, ge=4096, description="Largest piece of one copy, in bytes (staged)."

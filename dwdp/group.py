@@ -1,91 +1,48 @@
 """The ranks of a group find each other, exchange addresses, and fail together while they set up.
 
-Set-up only: nothing here is used by a forward. Addresses go through torch's TCPStore. Every wait is
-a poll that also looks for a peer's failure, so that a rank that fails, or dies without a word, ends
-the others with its message within seconds.
+Set-up only: nothing here is used by a forward. Addresses go through the store of
+:mod:`dwdp.rendezvous`. Every wait is a poll that also looks for a peer's failure, so that a rank that
+fails, or dies without a word, ends the others with its message within seconds.
+
+A rank that dies later is started again, as its next *incarnation*, and goes through the same exchanges
+alone: what survivors published stays in the store, and what the dead one published is replaced. Every
+value carries the incarnation that wrote it, so that nobody takes up what a dead process left. Survivors
+do nothing. Ranks that rejoin at the same time wait for each other, and their failure ends nobody else.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import os
 import secrets
-import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from dwdp.launch import LaunchInfo, discover_launch
+from dwdp.process_identity import ProcessIdentity
+from dwdp.rendezvous import (
+    GroupError,
+    PeerFailure,
+    connect_store,
+    prefixed,
+    recorded_failure,
+    report_failure,
+    serve_store,
+)
 
 TOKEN_BYTES = 16
 _POLL_S = 0.02
 _LIVENESS_S = 0.5
 _FAREWELL_S = 5.0
-_HANDSHAKE_S = 8.0
 _STORE_PATIENCE_S = 60.0
-_STORE_PREFIX = "dwdp"
-_FAILURE = "failure"
-
-
-class GroupError(RuntimeError):
-    """The group could not be set up: no store, no answer in time, or ranks that do not fit together."""
-
-
-class PeerFailure(GroupError):
-    """Another rank failed while the group was set up; the text carries its message."""
-
-    def __init__(self, rank: int, message: str) -> None:
-        super().__init__(f"rank {rank}: {message}")
-        self.rank = rank
-        self.message = message
-
-
-@dataclass(frozen=True)
-class ProcessIdentity:
-    """Names one process for good: a pid alone can be given to another process later.
-
-    Attributes:
-        host: names this boot of this machine.
-        pid_namespace: where ``pid`` means something; containers of one host have different ones.
-        start_ticks: when the process started.
-    """
-
-    host: str
-    pid_namespace: int
-    pid: int
-    start_ticks: int
-
-    @classmethod
-    def current(cls) -> ProcessIdentity:
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            host = file.read().strip()
-        pid = os.getpid()
-        start_ticks = _start_ticks(pid)
-        assert start_ticks is not None
-        return cls(host, os.stat("/proc/self/ns/pid").st_ino, pid, start_ticks)
-
-    def is_visible_to(self, other: ProcessIdentity) -> bool:
-        """Whether ``other`` can tell if this process is alive."""
-        return (self.host, self.pid_namespace) == (other.host, other.pid_namespace)
-
-    def is_alive(self) -> bool:
-        """Whether the process, which must be visible to this one, still runs. A zombie is dead."""
-        return _start_ticks(self.pid) == self.start_ticks
-
-
-def _start_ticks(pid: int) -> int | None:
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+_FIRST_GROUP = "1/"
+_SEEN = "seen"
+_IDENTITY = "process"
+_TOKEN = "token"
 
 
 class Group:
@@ -98,13 +55,21 @@ class Group:
         store: a torch store shared by the ranks (TCPStore, or HashStore for a group of one).
         timeout_s: seconds any single wait for the peers may take.
         serves_store: whether the store ends with this process.
+        incarnation: how often this rank was started before; above 0 it takes the place of one that died.
 
     Raises:
         GroupError: the peers did not answer in time.
     """
 
     def __init__(
-        self, rank: int, size: int, store: Any, *, timeout_s: float, serves_store: bool = False
+        self,
+        rank: int,
+        size: int,
+        store: Any,
+        *,
+        timeout_s: float,
+        serves_store: bool = False,
+        incarnation: int = 0,
     ) -> None:
         self.rank = rank
         self.size = size
@@ -116,12 +81,19 @@ class Group:
         self._is_setting_up = False
         self._peers: tuple[ProcessIdentity, ...] = ()
         self._identity = ProcessIdentity.current()
+        self.incarnation = incarnation
         with self._store_errors():
-            self._prefix = f"{store.add(f'groups/{rank}', 1)}/"
-        identities = self.exchange("process", json.dumps(vars(self._identity)).encode())
-        self._peers = tuple(ProcessIdentity(**json.loads(raw)) for raw in identities)
-        token = secrets.token_bytes(TOKEN_BYTES) if rank == 0 else b""
-        self.token = self.exchange("token", token)[0]
+            count = store.add(f"groups/{rank}", 0 if incarnation else 1)
+            self._prefix = f"{max(count, 1)}/"
+        try:
+            identities = self.exchange(_IDENTITY, json.dumps(vars(self._identity)).encode())
+            self._peers = tuple(ProcessIdentity(**json.loads(raw)) for raw in identities)
+            self.token = self._read_token() if incarnation else self._agree_on_token()
+        except PeerFailure:
+            seen = self._say_seen()
+            if serves_store:
+                self._await_quietly(seen)
+            raise
 
     @classmethod
     def single(cls) -> Group:
@@ -145,20 +117,22 @@ class Group:
         """Connect to the group that ``launch`` describes; rank 0 serves the store if nobody else does.
 
         Raises:
+            PeerFailure: a peer failed, or could not join.
             GroupError: the store's port is taken, or the store or a peer did not answer in time.
         """
-        serves_store = launch.rank == 0 and not launch.store_is_served
-        if serves_store:
-            store = serve_store(launch.host, launch.port, launch.size)
-        else:
-            store = _connect_store(launch, min(timeout_s, _STORE_PATIENCE_S))
         return cls(
             launch.rank,
             launch.size,
-            prefixed(store, launch.attempt),
+            _open_store(launch, min(timeout_s, _STORE_PATIENCE_S)),
             timeout_s=timeout_s,
-            serves_store=serves_store,
+            serves_store=_serves_store(launch),
+            incarnation=launch.incarnation,
         )
+
+    @property
+    def local_rank(self) -> int:
+        """How many ranks of lower number run on this rank's host."""
+        return sum(peer.host == self._identity.host for peer in self._peers[: self.rank])
 
     @property
     def is_one_host(self) -> bool:
@@ -177,30 +151,37 @@ class Group:
         self._num_exchanges[key] += 1
         keys = [f"{numbered}/{rank}" for rank in range(self.size)]
         with self._store_errors():
-            self._store.set(keys[self.rank], value)
-            self._wait(keys, key)
-            return [self._store.get(key) for key in keys]
+            self._store.set(keys[self.rank], b"%d:%b" % (self.incarnation, value))
+            if self.incarnation:
+                self._wait_for_current(keys, key)
+            else:
+                self._wait(keys, key)
+            return [_written(self._store.get(key))[1] for key in keys]
 
     def barrier(self, key: str) -> None:
         """Wait until every rank has come to ``key``. Set-up only."""
         self.exchange(key, b"1")
 
-    def fail(self, message: str) -> None:
-        """Tell the peers that this rank's set-up failed. The first rank to fail is the one quoted."""
-        report_failure(self._store, self.rank, message)
+    def fail(self, message: str, *, bad_input: bool = False) -> None:
+        """Tell the peers that this rank's set-up failed. The first rank to fail is the one quoted.
+
+        ``bad_input``: because of what the user gave, not of the machine.
+        """
+        report_failure(self._store, self.rank, message, bad_input=bad_input)
         self._let_peers_read()
 
     @contextmanager
     def setting_up(self) -> Iterator[None]:
-        """Whatever goes wrong inside ends every rank with this rank's message.
+        """Whatever goes wrong inside ends every rank with this rank's message; a ValueError is bad input.
 
         A peer's failure or death also interrupts work that does not wait for peers, such as loading
-        weights. A block within another one adds nothing. Every rank enters as many.
+        weights. A block within another one adds nothing, nor does one of a rank that rejoins. Every rank
+        enters as many.
 
         Raises:
             PeerFailure: a peer failed or died.
         """
-        if self._is_setting_up:
+        if self._is_setting_up or self.incarnation:
             yield
             return
         self._is_setting_up = True
@@ -217,7 +198,8 @@ class Group:
             self._let_peers_read()
             raise
         except BaseException as error:
-            self.fail(str(error) or type(error).__name__)
+            bad_input = isinstance(error, ValueError)
+            self.fail(str(error) or type(error).__name__, bad_input=bad_input)
             raise
         finally:
             self._is_setting_up = False
@@ -226,7 +208,7 @@ class Group:
         deadline = time.monotonic() + self._timeout_s
         next_liveness = time.monotonic() + _LIVENESS_S
         while not self._store.check(keys):
-            failure = self._recorded_failure()
+            failure = recorded_failure(self._store)
             if failure is not None:
                 raise failure
             now = time.monotonic()
@@ -235,23 +217,52 @@ class Group:
                 next_liveness = now + _LIVENESS_S
             if now > deadline:
                 silent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                raise GroupError(
-                    f"no answer from rank(s) {', '.join(map(str, silent))} within "
-                    f"{self._timeout_s:.0f} s (waiting for {what!r}); are all {self.size} ranks started?"
-                )
+                raise self._no_answer(silent, what)
             time.sleep(_POLL_S)
 
-    def _recorded_failure(self) -> PeerFailure | None:
-        if not self._store.check([_FAILURE]):
-            return None
-        failure = json.loads(self._store.get(_FAILURE))
-        return PeerFailure(failure["rank"], failure["message"])
+    def _wait_for_current(self, keys: list[str], what: str) -> None:
+        """Wait until every key was written by the incarnation of its rank that is alive."""
+        deadline = time.monotonic() + self._timeout_s
+        while missing := [rank for rank, key in enumerate(keys) if not self._is_current(rank, key)]:
+            if time.monotonic() > deadline:
+                raise self._no_answer(missing, what)
+            time.sleep(_POLL_S)
+
+    def _is_current(self, rank: int, key: str) -> bool:
+        identity_key = f"{self._prefix}{_IDENTITY}#0/{rank}"
+        if not self._store.check([key, identity_key]):
+            return False
+        incarnation, described = _written(self._store.get(identity_key))
+        peer = ProcessIdentity(**json.loads(described))
+        is_alive = not peer.is_visible_to(self._identity) or peer.is_alive()
+        return is_alive and _written(self._store.get(key))[0] == incarnation
+
+    def _no_answer(self, ranks: list[int], what: str) -> GroupError:
+        return GroupError(
+            f"no answer from rank(s) {', '.join(map(str, ranks))} within {self._timeout_s:.0f} s "
+            f"(waiting for {what!r}); are all {self.size} ranks started?"
+        )
+
+    def _agree_on_token(self) -> bytes:
+        token = secrets.token_bytes(TOKEN_BYTES) if self.rank == 0 else b""
+        return self.exchange(_TOKEN, token)[0]
+
+    def _read_token(self) -> bytes:
+        """The group's token, which outlives the rank that chose it."""
+        with self._store_errors():
+            key = f"{self._prefix}{_TOKEN}#0/0"
+            if not self._store.check([key]):
+                raise GroupError(
+                    f"rank {self.rank} cannot rejoin (DWDP_INCARNATION is {self.incarnation}): its group "
+                    "was never set up"
+                )
+            return _written(self._store.get(key))[1]
 
     def _peer_failure(self, finished: str) -> PeerFailure | None:
         """Why another rank cannot end the set-up whose end ranks publish under ``finished``."""
         try:
             self._report_deaths([f"{finished}/{rank}" for rank in range(self.size)])
-            failure = self._recorded_failure()
+            failure = recorded_failure(self._store)
         except RuntimeError:  # The store is gone; the next exchange says so.
             return None
         return failure if failure is not None and failure.rank != self.rank else None
@@ -262,17 +273,19 @@ class Group:
             if not peer.is_visible_to(self._identity) or peer.is_alive():
                 continue
             # A rank that failed properly says so before it ends: its own words come first.
-            if not self._store.check([_FAILURE]) and not self._store.check([keys[rank]]):
+            if not self._store.check([keys[rank]]):
                 report_failure(self._store, rank, f"process {peer.pid} died during set-up")
 
     def _let_peers_read(self) -> None:
         """Keep a store that lives in this process up until the peers have seen the failure."""
-        seen = f"{self._prefix}seen"
-        try:
-            self._store.set(f"{seen}/{self.rank}", b"1")
-        except RuntimeError:
-            return
-        self._await_quietly(seen)
+        self._await_quietly(self._say_seen())
+
+    def _say_seen(self) -> str:
+        """Publish that this rank knows of the failure; returns the key. Never raises."""
+        key = f"{self._prefix}{_SEEN}"
+        with suppress(RuntimeError):
+            self._store.set(f"{key}/{self.rank}", b"1")
+        return key
 
     def _await_quietly(self, key: str) -> None:
         """Wait a few seconds at most for every living peer to publish ``key``. Never raises."""
@@ -305,6 +318,12 @@ class Group:
                 "the group's store is gone: the process that served it (rank 0, or the launcher) "
                 f"ended during set-up ({str(error).splitlines()[0]})"
             ) from error
+
+
+def _written(raw: bytes) -> tuple[int, bytes]:
+    """The incarnation that wrote a value, and the value."""
+    incarnation, _, value = raw.partition(b":")
+    return int(incarnation), value
 
 
 class _Interrupted(BaseException):
@@ -340,88 +359,31 @@ def _interrupted_by(find: Callable[[], PeerFailure | None]) -> Iterator[None]:
         raise found[0] from None
 
 
-def report_failure(store: Any, rank: int, message: str) -> None:
-    """Record in ``store`` that ``rank`` failed; a failure recorded earlier stays. Never raises."""
+def fail_before_joining(launch: LaunchInfo, message: str, *, bad_input: bool) -> None:
+    """End the group that ``launch`` describes, because this rank cannot join it. Never raises.
+
+    The others get ``message`` as a :class:`PeerFailure` when they join. Returns when they have, or
+    after a few seconds.
+    """
     try:
-        store.compare_set(_FAILURE, "", json.dumps({"rank": rank, "message": message}))
+        store = _open_store(launch, _FAREWELL_S)
+        report_failure(store, launch.rank, message, bad_input=bad_input)
+        seen = [f"{_FIRST_GROUP}{_SEEN}/{rank}" for rank in range(launch.size)]
+        store.set(seen[launch.rank], b"1")
+        deadline = time.monotonic() + _FAREWELL_S
+        while not store.check(seen) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
     except RuntimeError:
         return
 
 
-def _connect_store(launch: LaunchInfo, patience_s: float) -> Any:
-    """The group's store, which may be served a little later than this process starts.
-
-    Whether anybody listens is asked first: a TCPStore waits much longer than its timeout for a port
-    that is not open, or that another program listens on.
-    """
-    from torch.distributed import TCPStore
-
-    where = f"{launch.host}:{launch.port}"
-    deadline = time.monotonic() + patience_s
-    while True:
-        left_s = max(deadline - time.monotonic(), 0.1)
-        try:
-            with socket.create_connection((launch.host, launch.port), timeout=left_s):
-                break
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise GroupError(
-                    f"rank {launch.rank} could not reach the group's store at {where} within "
-                    f"{patience_s:.0f} s: {error.strerror or error}. Did rank 0 start?"
-                ) from error
-            time.sleep(_POLL_S)
-    connected: list[Any] = []
-
-    def connect() -> None:
-        timeout = timedelta(seconds=patience_s)
-        with suppress(RuntimeError):
-            connected.append(TCPStore(launch.host, launch.port, is_master=False, timeout=timeout))
-
-    # In a thread, because the handshake has no time limit of its own.
-    thread = threading.Thread(target=connect, name="dwdp-store", daemon=True)
-    thread.start()
-    thread.join(_HANDSHAKE_S)
-    if not connected:
-        raise GroupError(
-            f"rank {launch.rank}: what listens on {where} does not answer as the group's store; "
-            "is the port taken by another program?"
-        )
-    return connected[0]
+def _open_store(launch: LaunchInfo, patience_s: float) -> Any:
+    if _serves_store(launch):
+        store = serve_store(launch.host, launch.port, launch.size)
+    else:
+        store = connect_store(launch, patience_s)
+    return prefixed(store, launch.attempt)
 
 
-def serve_store(host: str, port: int, size: int) -> Any:
-    """Serve a TCPStore for ``size`` ranks on ``host:port`` alone, not on every interface.
-
-    ``port`` 0 takes a free one (``store.port`` tells which).
-
-    Raises:
-        GroupError: the address is in use or is not this machine's.
-    """
-    from torch.distributed import TCPStore
-
-    try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(address[0], socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address[4])
-        listener.listen(128)
-    except OSError as error:
-        raise GroupError(
-            f"cannot serve the group's store on {host}:{port}: {error.strerror or error}. "
-            "Choose another port, or 0 for any free one."
-        ) from error
-    return TCPStore(
-        host,
-        listener.getsockname()[1],
-        world_size=None,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
-
-
-def prefixed(store: Any, attempt: int = 0) -> Any:
-    """The part of ``store`` that the ranks of one attempt use (a launcher may start them again)."""
-    from torch.distributed import PrefixStore
-
-    return PrefixStore(f"{_STORE_PREFIX}/{attempt}", store)
+def _serves_store(launch: LaunchInfo) -> bool:
+    return launch.rank == 0 and not launch.store_is_served

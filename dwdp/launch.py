@@ -9,6 +9,7 @@ over the others.
 | DWDP_RANK, DWDP_WORLD_SIZE | this process's rank and the number of ranks |
 | DWDP_RENDEZVOUS | host:port of the group's store |
 | DWDP_STORE_IS_SERVED | 1: the launcher serves the store; otherwise rank 0 does |
+| DWDP_INCARNATION | how often this rank was started before; above 0 it takes the place of a dead one |
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ DWDP_RANK = "DWDP_RANK"
 DWDP_WORLD_SIZE = "DWDP_WORLD_SIZE"
 DWDP_RENDEZVOUS = "DWDP_RENDEZVOUS"
 DWDP_STORE_IS_SERVED = "DWDP_STORE_IS_SERVED"
+DWDP_INCARNATION = "DWDP_INCARNATION"
 
 _RANK_VARIABLES = (
     ("dwdp", DWDP_RANK, DWDP_WORLD_SIZE),
@@ -48,6 +50,7 @@ class LaunchInfo:
         host, port: where the group's store is, or will be.
         store_is_served: whether somebody outside the group serves the store; otherwise rank 0 does.
         attempt: how often the launcher has started the ranks before.
+        incarnation: how often this rank alone was started before, while the others went on.
     """
 
     launcher: str
@@ -57,6 +60,7 @@ class LaunchInfo:
     port: int
     store_is_served: bool
     attempt: int = 0
+    incarnation: int = 0
 
 
 def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | None:
@@ -83,7 +87,8 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | Non
         else environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     )
     attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launcher == "torchrun" else "0"
-    return LaunchInfo(launcher, rank, size, host, port, served, int(attempt))
+    incarnation = _number(environ, launcher, DWDP_INCARNATION) if DWDP_INCARNATION in environ else 0
+    return LaunchInfo(launcher, rank, size, host, port, served, int(attempt), incarnation)
 
 
 def _find_launcher(environ: Mapping[str, str]) -> tuple[str, str, str] | None:

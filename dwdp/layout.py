@@ -23,15 +23,15 @@ Three experts of 5 bytes on two ranks, pages of 4 bytes (``-`` is padding, in th
     rank 1 holds expert 2             stores pieces 1 and 2    edge: bytes 8-9, from rank 0
                                       slot part [0, 8)         fetches bytes 0-7
 
-A tensor smaller than a page is covered by every rank: all of it is resident or edge, and nothing is
-left to fetch.
+A tensor that fits a page is covered by every rank: all of it is resident or edge, and nothing is left
+to fetch. Such tensors are packed together instead of taking a page each.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -237,6 +237,29 @@ def build_layout(placement: Placement, expert_bytes: int, granularity: int) -> T
     cuts = sorted({end for covered in coverage for piece in covered for end in piece})
     pieces = tuple(map(ByteRange, cuts, cuts[1:]))
     return TensorLayout(placement, expert_bytes, granularity, coverage, pieces)
+
+
+PACK_ALIGNMENT = 256
+"""Bytes; what CUDA's own allocator aligns to, so kernels can rely on it."""
+
+
+def is_packed(layout: TensorLayout) -> bool:
+    """Whether the tensor fits a page, so that it is held whole by every rank, packed with others."""
+    return layout.total_bytes <= layout.granularity
+
+
+def pack(sizes: Sequence[int], granularity: int) -> tuple[tuple[int, ...], int]:
+    """Offsets of tensors of ``sizes`` bytes behind each other, and the whole in bytes, in full pages.
+
+    >>> pack([100, 300, 1], 4096)
+    ((0, 256, 768), 4096)
+    """
+    offsets = []
+    end = 0
+    for size in sizes:
+        offsets.append(_round_up(end, PACK_ALIGNMENT))
+        end = offsets[-1] + size
+    return tuple(offsets), _round_up(end, granularity)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,23 +1,22 @@
-"""How much memory a group will need, before any of it is taken. Pure arithmetic, except for what is free."""
+"""How much memory a group will need, and whether it is there, before any of it is taken."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
-from pathlib import Path
 from typing import NamedTuple
 
 from dwdp.config import DwdpConfig
-from dwdp.layout import TensorLayout, build_layout
+from dwdp.group import Group
+from dwdp.layout import TensorLayout, build_layout, is_packed, pack
 from dwdp.pipeline import assign_slots
 from dwdp.placement import build_placement
+from dwdp.system_memory import MemoryPool, memory_pools
 
-_CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (
-    ("memory.max", "memory.current", ""),  # version 2
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_"),  # version 1
-)
+
+class NotEnoughMemoryError(ValueError, MemoryError):
+    """What was asked for does not fit. A ValueError besides, because the user can ask for less."""
 
 
 class ExpertTensorSize(NamedTuple):
@@ -69,11 +68,13 @@ def plan_memory(
             num_prefetch_experts=config.num_prefetch_experts,
         )
         layouts[tensor] = build_layout(placement, tensor.expert_bytes, granularity)
+    tensors = [layouts[tensor] for layer in layers for tensor in layer]
+    _, packed_bytes = pack([t.total_bytes for t in tensors if is_packed(t)], granularity)
     resident = tuple(
-        sum(layouts[tensor].resident_bytes(rank) for layer in layers for tensor in layer)
+        packed_bytes + sum(t.resident_bytes(rank) for t in tensors if not is_packed(t))
         for rank in range(size)
     )
-    buffers = _slot_buffers(layers, config.num_slots) if staged and size > 1 else []
+    buffers = _slot_buffers(layers, config) if staged and size > 1 else []
     staging = tuple(
         sum(layouts[tensor].slot_bytes(rank) for tensor in buffers) for rank in range(size)
     )
@@ -81,10 +82,14 @@ def plan_memory(
 
 
 def _slot_buffers(
-    layers: Sequence[Sequence[ExpertTensorSize]], num_slots: int
+    layers: Sequence[Sequence[ExpertTensorSize]], config: DwdpConfig
 ) -> list[ExpertTensorSize]:
     """The buffers of all slots. Layers of one slot share buffers, tensors of one layer never do."""
-    slots = assign_slots(len(layers), num_slots)
+    slots: Sequence[int]
+    if config.fetch_mode == "demand":  # nothing is fetched ahead
+        slots = (0,) * len(layers)
+    else:
+        slots = assign_slots(len(layers), config.num_slots)
     counts: dict[tuple[int, ExpertTensorSize], int] = {}
     for slot, layer in zip(slots, layers, strict=True):
         for tensor in set(layer):
@@ -94,24 +99,50 @@ def _slot_buffers(
 
 
 def available_memory_bytes() -> int:
-    """Memory that can be taken now: what the machine has left, or what the control group's limit leaves."""
-    import psutil
-
-    available: int = psutil.virtual_memory().available
-    return int(min([available, *(_left_in(*files) for files in _CGROUP_FILES)]))
+    """Memory that this process can take now: what the machine, or a control group's limit, leaves."""
+    return min(pool.available_bytes for pool in memory_pools())
 
 
-def _left_in(limit_file: str, usage_file: str, stat_prefix: str) -> float:
-    try:
-        limit = int((_CGROUP / limit_file).read_text(encoding="ascii"))
-        usage = int((_CGROUP / usage_file).read_text(encoding="ascii"))
-        stat_file = (_CGROUP / usage_file).parent / "memory.stat"
-        stat = stat_file.read_text(encoding="ascii").split()
-    except (OSError, ValueError):  # another version of control groups, or no limit ("max")
-        return inf
-    # Cached pages of files are given back when memory is needed; shared memory is not among these two.
-    counters = dict(zip(stat[::2], stat[1::2], strict=True))
-    cached = sum(
-        int(counters.get(stat_prefix + key, 0)) for key in ("active_file", "inactive_file")
-    )
-    return max(0, limit - usage + cached)
+def check_group_memory(group: Group, plan: MemoryPlan) -> None:
+    """Refuse ``plan`` if the ranks, all of one machine, cannot hold it.
+
+    Every rank calls it, before any takes memory. They take it at the same time, so each pool of memory
+    (the machine's, or a control group's limit) is compared with what all the ranks that draw on it
+    need together. Every rank decides on the same figures, and comes to the same end. A rank that
+    rejoins is compared alone: the others have taken theirs.
+
+    Raises:
+        NotEnoughMemoryError: the text names the sum needed, what is available, and what to change.
+        GroupError: a peer failed or did not answer.
+    """
+    pools = memory_pools()
+    by_rank = {group.rank: pools}
+    if not group.incarnation:
+        published = group.exchange("memory pools", json.dumps(pools).encode())
+        by_rank = {
+            rank: [MemoryPool(*pool) for pool in json.loads(raw)]
+            for rank, raw in enumerate(published)
+        }
+    for key in dict.fromkeys(pool.key for pools in by_rank.values() for pool in pools):
+        seen = {rank: pool for rank, pools in by_rank.items() for pool in pools if pool.key == key}
+        _check_pool(plan, seen)
+
+
+def _check_pool(plan: MemoryPlan, seen: Mapping[int, MemoryPool]) -> None:
+    """``seen``: one pool, as each of the ranks that draw on it sees it."""
+    dense = sum(plan.dense_bytes[rank] for rank in seen)
+    resident = sum(plan.resident_expert_bytes[rank] for rank in seen)
+    staging = sum(plan.staging_bytes[rank] for rank in seen)
+    available, name = min((pool.available_bytes, pool.name) for pool in seen.values())
+    if dense + resident + staging > available:
+        weights = f"{_gib(dense)} of dense weights, " if dense else ""
+        raise NotEnoughMemoryError(
+            f"{len(seen)} rank(s) need {_gib(dense + resident + staging)}: {weights}"
+            f"{_gib(resident)} of resident experts and {_gib(staging)} of staging slots; "
+            f"{_gib(available)} are available {name}. Lower num_experts_per_worker or num_slots, set "
+            'fetch_mode to "direct", load in a smaller dtype, or free memory'
+        )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.2f} GiB"

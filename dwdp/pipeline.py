@@ -11,15 +11,25 @@ ends.
 
 Two hazards, each held off by one event per slot. Read after write: ``begin`` waits for ``ready``,
 recorded by the fetch. Write after read: a fetch waits for ``free``, recorded by ``end``.
+
+A step of few tokens may fetch *on demand* instead: ``begin`` is given the router's choice and fetches
+just the activated experts, in compute order, so that neither hazard arises. Such a slot then holds no
+whole layer, and the next step that is staged fetches anew.
+
+Compute that is captured into a graph runs again later without this module's knowledge. From the first
+capture on, no forward relies on what an earlier one left in the slots: each fetches all it reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dwdp.fabric.base import CopyEngine, Event, Fabric
+
+if TYPE_CHECKING:
+    import torch
 
 
 def assign_slots(num_layers: int, num_slots: int) -> tuple[int, ...]:
@@ -44,19 +54,21 @@ def assign_slots(num_layers: int, num_slots: int) -> tuple[int, ...]:
     return tuple(slots)
 
 
-@dataclass
+@dataclass(frozen=True)
 class PipelineStats:
-    """Counters since the pipeline was made.
+    """Counters since the pipeline was made. Compute that is replayed from a graph is not counted.
 
     Attributes:
-        num_fetches: fetches started.
-        fetched_bytes: bytes those fetches move.
-        num_waits: times ``begin`` found its fetch unfinished.
-        exposed_wait_s: seconds compute stood still because of that.
-        num_refetches: fetches started in ``begin`` because layers ran out of order.
+        num_fetches: fetches of whole layers started.
+        num_demands: fetches of activated experts.
+        fetched_bytes: bytes all of those move.
+        num_waits: times ``begin`` found a fetch unfinished.
+        exposed_wait_s: seconds compute stood still because of that, or during a fetch on demand.
+        num_refetches: fetches started in ``begin`` because their layer was not what came next.
     """
 
     num_fetches: int = 0
+    num_demands: int = 0
     fetched_bytes: int = 0
     num_waits: int = 0
     exposed_wait_s: float = 0.0
@@ -65,10 +77,17 @@ class PipelineStats:
 
 @dataclass(frozen=True)
 class PreparedLayer:
-    """One layer's fetch, laid out by the copy engine, and the bytes it moves."""
+    """One layer's fetch, laid out by the copy engine.
+
+    Attributes:
+        fetch: of all remote experts.
+        num_bytes: what that moves.
+        demand: of activated experts; None where nothing is fetched on demand.
+    """
 
     fetch: Any
     num_bytes: int
+    demand: Any = None
 
 
 class Pipeline:
@@ -83,6 +102,8 @@ class Pipeline:
         engine: moves the bytes.
         layers: prepared fetches, in the order of the forward.
         slots: the slot of every layer, from :func:`assign_slots`.
+        demand_max_tokens: steps of at most this many tokens fetch on demand, if their router's choice
+            is given: 0 for none, ``inf`` for all.
     """
 
     def __init__(
@@ -91,41 +112,71 @@ class Pipeline:
         engine: CopyEngine,
         layers: Sequence[PreparedLayer],
         slots: Sequence[int],
+        demand_max_tokens: float = 0,
     ) -> None:
         num_slots = max(slots, default=-1) + 1
+        self._fabric = fabric
         self._engine = engine
         self._layers = tuple(layers)
         self._slots = tuple(slots)
+        self._demand_max_tokens = demand_max_tokens
         self._next_in_slot = _next_in_slot(slots)
         self._ready: list[Event] = [fabric.event() for _ in range(num_slots)]
         self._free: list[Event] = [fabric.event() for _ in range(num_slots)]
         self._staged: list[int | None] = [None] * num_slots
         self._reader: list[int | None] = [None] * num_slots
-        self.stats = PipelineStats()
+        self._on_demand = [False] * num_slots
+        self._previous_layer = -1
+        self._is_capturing = False
+        self._has_captured = False
+        self._num_fetches = self._num_demands = self._num_refetches = self._staged_bytes = 0
 
     @property
     def num_slots(self) -> int:
         return len(self._staged)
+
+    @property
+    def stats(self) -> PipelineStats:
+        """Counters so far. Reading them may wait for compute that was submitted."""
+        return PipelineStats(
+            num_fetches=self._num_fetches,
+            num_demands=self._num_demands,
+            fetched_bytes=self._staged_bytes + self._engine.demanded_bytes,
+            num_waits=sum(event.num_waits for event in self._ready),
+            exposed_wait_s=sum((event.waited_s for event in self._ready), 0.0)
+            + self._engine.demand_waited_s,
+            num_refetches=self._num_refetches,
+        )
 
     def start(self) -> None:
         """Fill every slot with the first layer that uses it."""
         for slot in range(len(self._staged)):
             self._fetch(self._slots.index(slot))
 
-    def begin(self, layer: int) -> None:
-        """Return when ``layer``'s slot may be read."""
+    def begin(self, layer: int, indices: torch.Tensor | None = None) -> None:
+        """Return when ``layer``'s slot may be read, or will be when compute comes to it.
+
+        Args:
+            indices: the router's choice of this step, ``[tokens, top_k]``, int32 or int64, on the
+                compute device. Without it nothing is fetched on demand.
+        """
         slot = self._slots[layer]
-        waited_s = 0.0
-        if self._staged[slot] != layer:
-            self.stats.num_refetches += 1
-            # What was fetched for another layer may still be arriving: it must not overtake this.
-            waited_s += self._ready[slot].wait()
-            self._free[slot].record()
-            self._fetch(layer)
-        waited_s += self._ready[slot].wait()
-        if waited_s > 0:
-            self.stats.num_waits += 1
-            self.stats.exposed_wait_s += waited_s
+        self._check_free(layer)
+        self._notice_forward(layer)
+        self._on_demand[slot] = (
+            indices is not None
+            and indices.numel() <= self._demand_max_tokens * indices.shape[-1]
+            and self._layers[layer].demand is not None
+        )
+        if self._staged[slot] != layer and self._on_demand[slot]:
+            self._ready[slot].wait()
+            self._engine.fetch_activated(self._layers[layer].demand, indices)  # type: ignore[arg-type]
+            self._staged[slot] = None
+            self._num_demands += 1
+        else:
+            if self._staged[slot] != layer:
+                self._refetch(layer)
+            self._ready[slot].wait()
         self._reader[slot] = layer
 
     def end(self, layer: int) -> None:
@@ -133,26 +184,54 @@ class Pipeline:
         slot = self._slots[layer]
         self._reader[slot] = None
         following = self._next_in_slot[layer]
-        if following != layer:
-            self._free[slot].record()
-            self._fetch(following)
+        is_last_use = following <= layer
+        if self._on_demand[slot] or following == layer or (is_last_use and self._has_captured):
+            return
+        self._free[slot].record()
+        self._fetch(following)
 
     def close(self) -> None:
         """Let the copies in flight finish and stop the engine. Idempotent."""
         self._engine.close()
 
+    def _check_free(self, layer: int) -> None:
+        reader = self._reader[self._slots[layer]]
+        if reader is not None:
+            raise RuntimeError(
+                f"MoE layer {layer} was started while layer {reader} still reads slot "
+                f"{self._slots[layer]}; every begin() needs its end() before another layer of that "
+                "slot begins"
+            )
+
+    def _notice_forward(self, layer: int) -> None:
+        """Forget what the slots hold where a graph may have overwritten it since."""
+        is_capturing = self._fabric.is_capturing()
+        is_new_forward = layer <= self._previous_layer or is_capturing != self._is_capturing
+        self._previous_layer = layer
+        self._is_capturing = is_capturing
+        self._has_captured = self._has_captured or is_capturing
+        if self._has_captured and is_new_forward:
+            self._staged = [None] * len(self._staged)
+
+    def _refetch(self, layer: int) -> None:
+        """Fetch a layer that did not come next, and the ones after it into slots that hold nothing."""
+        self._num_refetches += 1
+        for upcoming in range(layer, min(layer + self.num_slots, len(self._slots))):
+            slot = self._slots[upcoming]
+            if upcoming == layer or (self._staged[slot] is None and self._reader[slot] is None):
+                # What was fetched for another layer may still be arriving: it must not overtake this.
+                self._ready[slot].wait()
+                self._free[slot].record()
+                self._fetch(upcoming)
+
     def _fetch(self, layer: int) -> None:
         slot = self._slots[layer]
-        if self._reader[slot] is not None:
-            raise RuntimeError(
-                f"MoE layer {layer} was started while layer {self._reader[slot]} still reads slot "
-                f"{slot}; every begin() needs its end() before another layer of that slot begins"
-            )
+        self._check_free(layer)
         prepared = self._layers[layer]
         self._engine.submit(prepared.fetch, after=self._free[slot], done=self._ready[slot])
         self._staged[slot] = layer
-        self.stats.num_fetches += 1
-        self.stats.fetched_bytes += prepared.num_bytes
+        self._num_fetches += 1
+        self._staged_bytes += prepared.num_bytes
 
 
 def _next_in_slot(slots: Sequence[int]) -> tuple[int, ...]:

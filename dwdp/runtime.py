@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 from dwdp.config import DwdpConfig
 from dwdp.fabric import create_fabric
 from dwdp.fabric.base import Fabric
 from dwdp.group import Group
+from dwdp.memory_plan import ExpertTensorSize, check_group_memory, plan_memory
+from dwdp.perf.demand import LayerFetch, crossover_tokens
+from dwdp.perf.hardware import find_hardware
 from dwdp.pipeline import Pipeline, PipelineStats, PreparedLayer, assign_slots
+from dwdp.staging import Staging
 from dwdp.weights import ExpertWeights, LayerSpec
 
 if TYPE_CHECKING:
@@ -25,10 +30,12 @@ class RuntimeStats:
     """What one rank holds and has moved.
 
     Attributes:
-        fetch_mode: the mode in force, ``staged`` or ``direct``.
+        fetch_mode: the mode in force: ``direct``, ``staged``, ``demand``, or ``auto``, which takes
+            one of the last two at each step.
         resident_expert_bytes, staging_bytes: physical memory of this rank.
         num_slots: staging slots in use (0 in direct mode).
-        num_fetches, fetched_bytes, num_waits, exposed_wait_s: see :class:`PipelineStats`.
+        num_fetches, num_demands, fetched_bytes, num_waits, exposed_wait_s: see
+            :class:`PipelineStats`.
     """
 
     fetch_mode: str
@@ -36,6 +43,7 @@ class RuntimeStats:
     staging_bytes: int
     num_slots: int
     num_fetches: int
+    num_demands: int
     fetched_bytes: int
     num_waits: int
     exposed_wait_s: float
@@ -50,7 +58,7 @@ class DwdpRuntime:
         weights = runtime.allocate(layers)          # then load this rank's experts into `weights`
         runtime.attach()                            # peers' memory mapped, first fetches under way
         tensors = runtime.tensors(layer)            # composite tensors, [E, *expert_shape]
-        runtime.begin(layer); ...; runtime.end(layer)   # around every read of them
+        runtime.begin(layer, indices); ...; runtime.end(layer)   # around every read of them
         runtime.detach()
 
     After ``attach`` no call waits for another rank. ``begin`` and ``end`` are for one thread.
@@ -78,6 +86,7 @@ class DwdpRuntime:
             raise ValueError("the host fabric shares memory, so all ranks must run on one host")
         self.fetch_mode = self._resolve_fetch_mode()
         self._weights: ExpertWeights | None = None
+        self._staging: Staging | None = None
         self._tensors: list[dict[str, torch.Tensor]] = []
         self._pipeline: Pipeline | None = None
         self._stats: RuntimeStats | None = None
@@ -85,16 +94,23 @@ class DwdpRuntime:
     def allocate(self, layers: Sequence[LayerSpec]) -> ExpertWeights:
         """Take memory for this rank's experts of ``layers`` (in the order of the forward).
 
+        Every rank calls it: with the host fabric they first make sure that there is enough for all.
+
         Returns:
             The memory to load into, through ``destination(layer, name, expert)``.
 
         Raises:
             ValueError: the experts cannot be placed.
+            NotEnoughMemoryError: resident experts and staging slots of the group need more memory than
+                is available (host fabric). Nothing has been taken.
+            GroupError: a peer failed or did not answer in time (host fabric).
             FabricError: the memory is not there.
         """
         if self._weights is not None:
             raise RuntimeError("allocate() was called before; one runtime holds one model")
         weights = ExpertWeights(self.group, self._fabric, self.config, layers)
+        if self._fabric.name == "host":
+            self._check_memory(layers)
         self._weights = weights
         try:
             weights.allocate()
@@ -123,7 +139,7 @@ class DwdpRuntime:
         except BaseException:
             self.detach()
             raise
-        if self._pipeline is not None:
+        if self._pipeline is not None and self.fetch_mode != "demand":
             self._pipeline.start()
 
     def tensors(self, layer: int) -> dict[str, torch.Tensor]:
@@ -133,10 +149,16 @@ class DwdpRuntime:
         """
         return self._tensors[layer]
 
-    def begin(self, layer: int) -> None:
-        """Return when ``layer``'s composite tensors may be read."""
+    def begin(self, layer: int, indices: torch.Tensor | None = None) -> None:
+        """Return when ``layer``'s composite tensors may be read, or will be when compute comes to it.
+
+        Args:
+            indices: the router's choice of this step, ``[tokens, top_k]``, int32 or int64, on the
+                compute device. Steps that fetch on demand need it; without it, all remote experts
+                are fetched.
+        """
         if self._pipeline is not None:
-            self._pipeline.begin(layer)
+            self._pipeline.begin(layer, indices)
 
     def end(self, layer: int) -> None:
         """The reads of ``layer`` are submitted; its slot may be refilled after them."""
@@ -145,7 +167,7 @@ class DwdpRuntime:
 
     @property
     def is_staged(self) -> bool:
-        """Whether ``begin`` and ``end`` have anything to do."""
+        """Whether remote experts are copied into slots: ``begin`` and ``end`` have something to do."""
         return self._pipeline is not None
 
     def stats(self) -> RuntimeStats:
@@ -157,9 +179,10 @@ class DwdpRuntime:
         return RuntimeStats(
             fetch_mode=self.fetch_mode,
             resident_expert_bytes=weights.resident_bytes if weights is not None else 0,
-            staging_bytes=weights.staging_bytes if weights is not None else 0,
+            staging_bytes=self._staging.num_bytes if self._staging is not None else 0,
             num_slots=self._pipeline.num_slots if self._pipeline is not None else 0,
             num_fetches=pipeline.num_fetches,
+            num_demands=pipeline.num_demands,
             fetched_bytes=pipeline.fetched_bytes,
             num_waits=pipeline.num_waits,
             exposed_wait_s=pipeline.exposed_wait_s,
@@ -176,6 +199,9 @@ class DwdpRuntime:
             self._pipeline.close()
             self._pipeline = None
         self._tensors = []
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
         if self._weights is not None:
             self._weights.close()
             self._weights = None
@@ -193,21 +219,85 @@ class DwdpRuntime:
         if self.config.fetch_mode != "auto":
             return self.config.fetch_mode
         # On one host a peer's memory is as near as one's own: a copy would only cost.
-        return "direct" if self._fabric.name == "host" else "staged"
+        return "direct" if self._fabric.name == "host" else "auto"
+
+    def _check_memory(self, layers: Sequence[LayerSpec]) -> None:
+        sizes = [
+            [ExpertTensorSize(tensor.num_experts, tensor.expert_bytes) for tensor in layer.tensors]
+            for layer in layers
+        ]
+        plan = plan_memory(
+            sizes,
+            self.config,
+            dense_bytes=0,
+            staged=self.fetch_mode != "direct",
+            granularity=self._fabric.granularity,
+        )
+        check_group_memory(self.group, plan)
 
     def _stage(self) -> Pipeline:
         assert self._weights is not None
-        slots = assign_slots(len(self._weights.layers), self.config.num_slots)
+        layers = self._weights.layers
+        if self.fetch_mode == "demand":
+            slots: tuple[int, ...] = (0,) * len(layers)
+        else:
+            slots = assign_slots(len(layers), self.config.num_slots)
         if max(slots, default=0) >= self.config.num_slots:
             logger.info(
                 "%d MoE layers are an odd number: a third slot keeps the last layer and the first apart",
                 len(slots),
             )
-        self._tensors = self._weights.compose_staged(slots)
+        self._staging = Staging(self._fabric, self._weights, slots)
+        self._tensors = self._staging.compose()
         num_lanes = min(self.config.num_lanes or self.group.size, self.group.size - 1)
         engine = self._fabric.copy_engine(num_lanes, self.config.lane_depth)
-        layers = [
-            PreparedLayer(engine.prepare(layer.lanes, layer.ranges), layer.num_bytes)
-            for layer in self._weights.staged_layers(slots, num_lanes)
+        prepared = [
+            PreparedLayer(
+                engine.prepare(layer.lanes, layer.ranges),
+                layer.num_bytes,
+                None
+                if self.fetch_mode == "staged"
+                else engine.prepare_demand(layer.experts, layer.ranges),
+            )
+            for layer in self._staging.layers(num_lanes, self.config.slice_bytes)
         ]
-        return Pipeline(self._fabric, engine, layers, slots)
+        return Pipeline(self._fabric, engine, prepared, slots, self._demand_max_tokens())
+
+    def _demand_max_tokens(self) -> float:
+        """Steps of at most this many tokens fetch on demand."""
+        if self.fetch_mode != "auto":
+            return inf if self.fetch_mode == "demand" else 0
+        if self.config.demand_max_tokens is not None:
+            return self.config.demand_max_tokens
+        assert self._weights is not None
+        return min(map(self._expected_crossover, range(len(self._weights.layers))), default=0)
+
+    def _expected_crossover(self, layer: int) -> int:
+        """Up to how many tokens the performance model expects a fetch on demand to expose less time."""
+        assert self._weights is not None
+        spec = self._weights.layers[layer]
+        if spec.top_k is None or spec.hidden_size is None:
+            return 0
+        num_resident = len(self._weights.placement(layer).resident_experts(self.group.rank))
+        hardware = find_hardware(self._fabric.device_name)
+        speeds = {}
+        if hardware is not None:
+            speeds = {
+                "link_gbs": hardware.link.gbs * hardware.achieved.link,
+                "memory_gbs": hardware.memory_gbs * hardware.achieved.memory,
+                "compute_tflops": hardware.peak_flops("bf16")
+                * hardware.achieved.grouped_gemm
+                / 1e12,
+            }
+        return crossover_tokens(
+            LayerFetch(
+                expert_bytes=sum(tensor.expert_bytes for tensor in spec.tensors),
+                num_experts=spec.num_experts,
+                num_remote_experts=spec.num_experts - num_resident,
+                top_k=spec.top_k,
+                hidden_size=spec.hidden_size,
+                num_ranks=self.group.size,
+                bits_per_weight=8.0 * max(tensor.dtype.itemsize for tensor in spec.tensors),
+                **speeds,
+            )
+        )

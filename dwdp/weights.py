@@ -1,8 +1,12 @@
-"""Composite tensors of one model: resident memory, peers' memory, staging slots, and how they are joined.
+"""Expert tensors of one model: resident memory, peers' memory, and composite tensors made of both.
 
 Set-up goes through the steps of :class:`ExpertWeights` in order: ``allocate`` (resident memory, into
 which the engine loads), ``exchange`` (peers map each other's resident memory), ``fill_edges`` (bytes
-of neighbours on pages a rank shares with them), then ``compose_direct`` or ``compose_staged``.
+of neighbours on pages a rank shares with them), then ``compose_direct``, or the staging slots of
+:mod:`dwdp.staging`.
+
+A tensor that fits a page (scales, biases) is held whole by every rank and never fetched. All of those
+lie packed in one region: apart, each would take a page, 2 MiB on a GPU.
 
 Shape legend: ``E`` = experts of a layer; an expert tensor is ``[E, *expert_shape]``.
 """
@@ -11,16 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dwdp.config import DwdpConfig
-from dwdp.fabric.base import AddressRange, Copy, Fabric, Region
-from dwdp.fetch_plan import FetchPlan, Slice, build_fetch_plan
+from dwdp.fabric.base import AddressRange, Fabric, Region
 from dwdp.group import Group, GroupError
-from dwdp.layout import TensorLayout, build_layout
+from dwdp.layout import TensorLayout, build_layout, is_packed, pack
 from dwdp.placement import Placement, build_placement
 
 if TYPE_CHECKING:
@@ -43,10 +46,17 @@ class ExpertTensorSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """The expert tensors of one MoE layer; all of them have the same number of experts."""
+    """The expert tensors of one MoE layer; all of them have the same number of experts.
+
+    Attributes:
+        top_k, hidden_size: experts per token, and the model's width, where the engine knows them: they
+            decide which steps fetch on demand in mode ``auto``.
+    """
 
     name: str
     tensors: tuple[ExpertTensorSpec, ...]
+    top_k: int | None = None
+    hidden_size: int | None = None
 
     def __post_init__(self) -> None:
         counts = {tensor.num_experts for tensor in self.tensors}
@@ -60,33 +70,52 @@ class LayerSpec:
         return self.tensors[0].num_experts
 
 
-@dataclass(frozen=True)
-class StagedLayer:
-    """One layer's fetch: what to copy from where to where, by lane, and the memory it is in."""
-
-    lanes: tuple[tuple[Copy, ...], ...]
-    ranges: tuple[AddressRange, ...]
-    num_bytes: int
-
-
 @dataclass
-class _Tensor:
-    """What this rank holds and maps of one expert tensor."""
+class MappedTensor:
+    """What this rank holds and maps of one expert tensor.
+
+    Attributes:
+        base: where the tensor starts in ``home``, ``views`` and its composite range: not 0 for a tensor
+            that is packed together with others.
+        resident: the rank's own regions by piece.
+        home: addresses that the rank's own experts are loaded to, until the edges are filled.
+        imported: every peer's regions by piece.
+        views: a source's regions, at the offsets they have in the composite tensor.
+    """
 
     spec: ExpertTensorSpec
     layout: TensorLayout
+    base: int = 0
     resident: dict[int, Region] = field(default_factory=dict)
     home: AddressRange | None = None
     imported: dict[int, dict[int, Region]] = field(default_factory=dict)
     views: dict[int, AddressRange] = field(default_factory=dict)
 
+    def typed(self, memory: AddressRange) -> torch.Tensor:
+        """The tensor in ``memory``: ``[num_experts, *expert_shape]``."""
+        raw = memory.bytes_tensor(self.base, self.layout.total_bytes)
+        return raw.view(self.spec.dtype).view(self.spec.num_experts, *self.spec.expert_shape)
+
+    def close(self) -> None:
+        for memory in (self.home, *self.views.values()):
+            if memory is not None:
+                memory.close()
+        for regions in (self.resident, *self.imported.values()):
+            for region in regions.values():
+                region.close()
+        self.home = None
+        self.views.clear()
+        self.resident.clear()
+        self.imported.clear()
+
 
 @dataclass
-class _SlotBuffer:
-    """Staging memory for one expert tensor at a time: the parts a rank does not store itself."""
+class _Pack:
+    """Tensors smaller than a page, which every rank holds whole: together in one region."""
 
-    parts: tuple[Region, ...]
-    memory: AddressRange
+    tensors: list[MappedTensor]
+    num_bytes: int
+    composite: AddressRange | None = None
 
 
 class ExpertWeights:
@@ -111,33 +140,30 @@ class ExpertWeights:
         self._config = config
         self._placements: dict[int, Placement] = {}
         self._layouts: dict[tuple[int, int], TensorLayout] = {}
-        self._tensors = tuple(
-            tuple(_Tensor(spec, self._layout(spec)) for spec in layer.tensors) for layer in layers
+        self.tensors = tuple(
+            tuple(MappedTensor(spec, self._layout(spec)) for spec in layer.tensors)
+            for layer in layers
         )
-        self._slots: list[dict[tuple[int, int, int], _SlotBuffer]] = []
+        self._pack = _pack([tensor for layer in self.tensors for tensor in layer], fabric)
         self._composites: list[AddressRange] = []
 
     def placement(self, layer: int) -> Placement:
         return self._placement(self.layers[layer].num_experts)
 
+    @property
+    def rank(self) -> int:
+        return self._group.rank
+
     @cached_property
     def resident_bytes(self) -> int:
         """Physical bytes of this rank's resident experts, page edges included."""
-        return sum(
-            tensor.layout.resident_bytes(self._group.rank)
-            for layer in self._tensors
+        unpacked = sum(
+            tensor.layout.resident_bytes(self.rank)
+            for layer in self.tensors
             for tensor in layer
+            if not is_packed(tensor.layout)
         )
-
-    @property
-    def staging_bytes(self) -> int:
-        """Physical bytes of the staging slots (0 until ``compose_staged``)."""
-        return sum(
-            part.num_bytes
-            for slot in self._slots
-            for buffer in slot.values()
-            for part in buffer.parts
-        )
+        return unpacked + self._pack.num_bytes
 
     def allocate(self) -> None:
         """Take memory for the resident experts of every layer.
@@ -145,15 +171,19 @@ class ExpertWeights:
         Raises:
             FabricError: the memory is not there.
         """
-        rank = self._group.rank
-        for layer in self._tensors:
-            for tensor in layer:
-                layout = tensor.layout
-                tensor.home = self._fabric.reserve(layout.mapped_bytes)
-                for piece in layout.rank_pieces(rank):
-                    start, stop = layout.pieces[piece]
-                    tensor.resident[piece] = self._fabric.allocate(stop - start)
-                    tensor.home.map(start, tensor.resident[piece], writable=True)
+        for tensor in self._unpacked():
+            layout = tensor.layout
+            tensor.home = self._fabric.reserve(layout.mapped_bytes)
+            for piece in layout.rank_pieces(self.rank):
+                start, stop = layout.pieces[piece]
+                tensor.resident[piece] = self._fabric.allocate(stop - start)
+                tensor.home.map(start, tensor.resident[piece])
+            tensor.home.enable_access(writable=True)
+        if self._pack.tensors:
+            region = self._fabric.allocate(self._pack.num_bytes)
+            home = self._range_of(region, writable=True)
+            for tensor in self._pack.tensors:
+                tensor.resident[0], tensor.home = region, home
 
     def destination(self, layer: int, name: str, expert: int) -> torch.Tensor:
         """Where a resident expert of one tensor is loaded to: ``[*expert_shape]`` of its dtype.
@@ -163,14 +193,14 @@ class ExpertWeights:
         Raises:
             KeyError: the layer has no such tensor, or this rank does not store that expert.
         """
-        tensor = next((t for t in self._tensors[layer] if t.spec.name == name), None)
-        if tensor is None or not self.placement(layer).is_resident(self._group.rank, expert):
+        tensor = next((t for t in self.tensors[layer] if t.spec.name == name), None)
+        if tensor is None or not self.placement(layer).is_resident(self.rank, expert):
             raise KeyError(
                 f"expert {expert} of {name!r} in layer {layer} is not stored on this rank"
             )
         assert tensor.home is not None, "destination() before allocate() or after fill_edges()"
         num_bytes = tensor.spec.expert_bytes
-        raw = tensor.home.bytes_tensor(expert * num_bytes, num_bytes)
+        raw = tensor.home.bytes_tensor(tensor.base + expert * num_bytes, num_bytes)
         return raw.view(tensor.spec.dtype).view(tensor.spec.expert_shape)
 
     def exchange(self) -> None:
@@ -188,14 +218,14 @@ class ExpertWeights:
                 f"rank(s) {', '.join(map(str, differing))} and rank 0 have different expert tensors or "
                 "dwdp options; start every rank with the same model and options"
             )
-        address = self._fabric.serve(group.token)
-        for index, layer in enumerate(self._tensors):
-            regions = [region for tensor in layer for region in tensor.resident.values()]
-            self._fabric.publish(_published_name(index), regions)
-        addresses = group.exchange("memory", address.encode())
+        self._fabric.synchronize()
+        self._fabric.serve(group.token)
+        for name, wanted in self._published(self.rank):
+            self._fabric.publish(name, [tensor.resident[piece] for tensor, piece in wanted])
+        tickets = group.exchange("memory", self._fabric.ticket())
         for peer in range(group.size):
             if peer != group.rank:
-                self._import_from(peer, addresses[peer].decode())
+                self._import_from(peer, tickets[peer])
 
     def fill_edges(self) -> None:
         """Copy the bytes of other ranks' experts that share a page with this rank's own.
@@ -203,113 +233,78 @@ class ExpertWeights:
         Done once: weights do not change. Ends with a barrier, after which every resident page of
         every rank is complete.
         """
-        for layer in self._tensors:
+        for layer in self.tensors:
             for tensor in layer:
-                for edge in tensor.layout.edges(self._group.rank):
-                    assert tensor.home is not None
-                    source = self._view(tensor, edge.source)
-                    num_bytes = edge.stop - edge.start
-                    target = tensor.home.bytes_tensor(edge.start, num_bytes)
-                    target.copy_(source.bytes_tensor(edge.start, num_bytes))
+                assert tensor.home is not None
+                for edge in tensor.layout.edges(self.rank):
+                    start, num_bytes = tensor.base + edge.start, edge.stop - edge.start
+                    source = self.view(tensor, edge.source).bytes_tensor(start, num_bytes)
+                    tensor.home.bytes_tensor(start, num_bytes).copy_(source)
+        for layer in self.tensors:
+            for tensor in layer:
                 if tensor.home is not None:
                     tensor.home.close()
                     tensor.home = None
+        self._fabric.synchronize()
         self._group.barrier("edges")
 
     def compose_direct(self) -> list[dict[str, torch.Tensor]]:
         """Per layer, composite tensors whose remote experts lie in the peers' own memory."""
-        rank = self._group.rank
-        composed = []
-        for layer in self._tensors:
-            tensors = {}
-            for tensor in layer:
-                memory = self._fabric.reserve(tensor.layout.mapped_bytes)
-                for segment in tensor.layout.direct_segments(rank):
-                    regions = (
-                        tensor.resident if segment.rank == rank else tensor.imported[segment.rank]
-                    )
-                    memory.map(segment.start, regions[segment.piece], writable=False)
-                tensors[tensor.spec.name] = self._typed(tensor, memory)
-            composed.append(tensors)
-        return composed
-
-    def compose_staged(self, slots: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """Per layer, composite tensors whose remote experts lie in the layer's slot.
-
-        Args:
-            slots: the slot of every layer.
-
-        Raises:
-            FabricError: no memory for the slots.
-        """
-        rank = self._group.rank
-        self._slots = [{} for _ in range(max(slots, default=-1) + 1)]
-        composed = []
-        for layer, slot in zip(self._tensors, slots, strict=True):
-            tensors = {}
-            for tensor, key in zip(layer, _buffer_keys(layer), strict=True):
-                layout = tensor.layout
-                if key not in self._slots[slot]:
-                    self._slots[slot][key] = self._slot_buffer(layout)
-                memory = self._fabric.reserve(layout.mapped_bytes)
-                for piece, region in tensor.resident.items():
-                    memory.map(layout.pieces[piece].start, region, writable=False)
-                for part, region in zip(
-                    layout.slot_parts(rank), self._slots[slot][key].parts, strict=True
-                ):
-                    memory.map(part.start, region, writable=False)
-                tensors[tensor.spec.name] = self._typed(tensor, memory)
-            composed.append(tensors)
-        return composed
-
-    def staged_layers(self, slots: Sequence[int], num_lanes: int) -> list[StagedLayer]:
-        """Per layer, the copies of one fetch into its slot. After ``compose_staged``.
-
-        Sources share a lane when there are more sources than lanes; their slices then alternate.
-        """
-        plans: dict[tuple[tuple[int, int], ...], FetchPlan] = {}
-        staged = []
-        for layer, slot in zip(self._tensors, slots, strict=True):
-            shape = tuple((t.spec.num_experts, t.spec.expert_bytes) for t in layer)
-            if shape not in plans:
-                plans[shape] = build_fetch_plan(
-                    self._group.rank, [t.layout for t in layer], self._config.slice_bytes
+        return [
+            {
+                tensor.spec.name: self.compose(
+                    tensor,
+                    [
+                        (segment.start, self._regions(tensor, segment.rank)[segment.piece])
+                        for segment in tensor.layout.direct_segments(self.rank)
+                    ],
                 )
-            buffers = [self._slots[slot][key].memory for key in _buffer_keys(layer)]
-            lanes: list[list[Copy]] = [[] for _ in range(num_lanes)]
-            for round_ in plans[shape].rounds():
-                for position, piece in enumerate(round_):
-                    if piece is not None:
-                        lanes[position % num_lanes].append(self._copy(layer, buffers, piece))
-            views = [view for tensor in layer for view in tensor.views.values()]
-            staged.append(
-                StagedLayer(tuple(map(tuple, lanes)), (*buffers, *views), plans[shape].num_bytes)
-            )
-        return staged
+                for tensor in layer
+            }
+            for layer in self.tensors
+        ]
+
+    def compose(self, tensor: MappedTensor, segments: Sequence[tuple[int, Region]]) -> torch.Tensor:
+        """A composite tensor of ``(offset, region)`` segments, ``[num_experts, *expert_shape]``, read-only.
+
+        A packed tensor has no segments of its own: it is a view of the pack.
+        """
+        if is_packed(tensor.layout):
+            if self._pack.composite is None:
+                self._pack.composite = self._range_of(tensor.resident[0], writable=False)
+                self._composites.append(self._pack.composite)
+            return tensor.typed(self._pack.composite)
+        memory = self._fabric.reserve(tensor.layout.mapped_bytes)
+        self._composites.append(memory)
+        for start, region in segments:
+            memory.map(start, region)
+        memory.enable_access(writable=False)
+        return tensor.typed(memory)
+
+    def view(self, tensor: MappedTensor, source: int) -> AddressRange:
+        """A source's resident memory, at the offsets it has in the composite tensor."""
+        if source not in tensor.views:
+            if is_packed(tensor.layout):
+                view = self._range_of(tensor.imported[source][0], writable=False)
+                for packed in self._pack.tensors:
+                    packed.views[source] = view
+            else:
+                view = self._fabric.reserve(tensor.layout.mapped_bytes)
+                for piece, region in tensor.imported[source].items():
+                    view.map(tensor.layout.pieces[piece].start, region)
+                view.enable_access(writable=False)
+                tensor.views[source] = view
+        return tensor.views[source]
 
     def close(self) -> None:
         """Give up every range and region. Memory a tensor still views goes with the tensor."""
-        for layer in self._tensors:
+        for layer in self.tensors:
             for tensor in layer:
-                for memory in (tensor.home, *tensor.views.values()):
-                    if memory is not None:
-                        memory.close()
-                for regions in (tensor.resident, *tensor.imported.values()):
-                    for region in regions.values():
-                        region.close()
-                tensor.home = None
-                tensor.views.clear()
-                tensor.resident.clear()
-                tensor.imported.clear()
-        for slot in self._slots:
-            for buffer in slot.values():
-                buffer.memory.close()
-                for part in buffer.parts:
-                    part.close()
+                tensor.close()
         for memory in self._composites:
             memory.close()
-        self._slots.clear()
         self._composites.clear()
+        self._pack.composite = None
 
     def _placement(self, num_experts: int) -> Placement:
         if num_experts not in self._placements:
@@ -333,67 +328,59 @@ class ExpertWeights:
         described = repr((self._group.size, self.layers, self._config.model_dump()))
         return hashlib.sha256(described.encode()).digest()
 
-    def _import_from(self, peer: int, address: str) -> None:
-        for index, layer in enumerate(self._tensors):
-            wanted = [
-                (tensor, piece) for tensor in layer for piece in tensor.layout.rank_pieces(peer)
-            ]
-            sizes = []
-            for tensor, piece in wanted:
-                start, stop = tensor.layout.pieces[piece]
-                sizes.append(stop - start)
+    def _published(self, rank: int) -> list[tuple[str, list[tuple[MappedTensor, int]]]]:
+        """What ``rank`` publishes: by name, whose pieces."""
+        published = [
+            (
+                f"layer/{index}",
+                [
+                    (tensor, piece)
+                    for tensor in layer
+                    if not is_packed(tensor.layout)
+                    for piece in tensor.layout.rank_pieces(rank)
+                ],
+            )
+            for index, layer in enumerate(self.tensors)
+        ]
+        return [*published, ("packed", [(tensor, 0) for tensor in self._pack.tensors[:1]])]
+
+    def _import_from(self, peer: int, ticket: bytes) -> None:
+        for name, wanted in self._published(peer):
+            sizes = [self._region_bytes(tensor, piece) for tensor, piece in wanted]
             regions = self._fabric.fetch_regions(
-                address,
-                self._group.token,
-                _published_name(index),
-                sizes,
-                self._config.setup_timeout_s,
+                ticket, self._group.token, name, sizes, self._config.setup_timeout_s
             )
             for (tensor, piece), region in zip(wanted, regions, strict=True):
                 tensor.imported.setdefault(peer, {})[piece] = region
+        for tensor in self._pack.tensors:
+            tensor.imported[peer] = self._pack.tensors[0].imported[peer]
 
-    def _view(self, tensor: _Tensor, source: int) -> AddressRange:
-        """A source's resident memory, at the offsets it has in the composite tensor."""
-        if source not in tensor.views:
-            view = self._fabric.reserve(tensor.layout.mapped_bytes)
-            for piece, region in tensor.imported[source].items():
-                view.map(tensor.layout.pieces[piece].start, region, writable=False)
-            tensor.views[source] = view
-        return tensor.views[source]
+    def _region_bytes(self, tensor: MappedTensor, piece: int) -> int:
+        if is_packed(tensor.layout):
+            return self._pack.num_bytes
+        start, stop = tensor.layout.pieces[piece]
+        return stop - start
 
-    def _copy(
-        self, layer: Sequence[_Tensor], buffers: Sequence[AddressRange], piece: Slice
-    ) -> Copy:
-        source = self._view(layer[piece.tensor], piece.source)
-        return Copy(
-            buffers[piece.tensor].address + piece.start,
-            source.address + piece.start,
-            piece.num_bytes,
-        )
+    def _regions(self, tensor: MappedTensor, rank: int) -> dict[int, Region]:
+        return tensor.resident if rank == self.rank else tensor.imported[rank]
 
-    def _slot_buffer(self, layout: TensorLayout) -> _SlotBuffer:
-        memory = self._fabric.reserve(layout.mapped_bytes)
-        parts = []
-        for part in layout.slot_parts(self._group.rank):
-            parts.append(self._fabric.allocate(part.stop - part.start))
-            memory.map(part.start, parts[-1], writable=True)
-        return _SlotBuffer(tuple(parts), memory)
+    def _unpacked(self) -> Iterator[MappedTensor]:
+        for layer in self.tensors:
+            for tensor in layer:
+                if not is_packed(tensor.layout):
+                    yield tensor
 
-    def _typed(self, tensor: _Tensor, memory: AddressRange) -> torch.Tensor:
-        self._composites.append(memory)
-        spec = tensor.spec
-        raw = memory.bytes_tensor(0, tensor.layout.total_bytes)
-        return raw.view(spec.dtype).view(spec.num_experts, *spec.expert_shape)
+    def _range_of(self, region: Region, *, writable: bool) -> AddressRange:
+        memory = self._fabric.reserve(region.num_bytes)
+        memory.map(0, region)
+        memory.enable_access(writable)
+        return memory
 
 
-def _published_name(layer: int) -> str:
-    return f"layer/{layer}"
-
-
-def _buffer_keys(layer: Sequence[_Tensor]) -> list[tuple[int, int, int]]:
-    """Which buffer of a slot each tensor uses: layers share buffers, tensors of one layer never do."""
-    keys: list[tuple[int, int, int]] = []
-    for tensor in layer:
-        shape = (tensor.spec.num_experts, tensor.spec.expert_bytes)
-        keys.append((*shape, sum(key[:2] == shape for key in keys)))
-    return keys
+def _pack(tensors: Sequence[MappedTensor], fabric: Fabric) -> _Pack:
+    """Give every tensor that is packed its place in the pack."""
+    packed = [tensor for tensor in tensors if is_packed(tensor.layout)]
+    offsets, num_bytes = pack([tensor.layout.total_bytes for tensor in packed], fabric.granularity)
+    for tensor, offset in zip(packed, offsets, strict=True):
+        tensor.base = offset
+    return _Pack(packed, num_bytes)

@@ -23,4 +23,12 @@ FabricError::FabricError(const std::string& call, int error_number, const std::s
       call_(call),
       error_number_(error_number) {}
 
+FabricError::FabricError(const std::string& call, const DriverAnswer& answer,
+                         const std::string& detail)
+    : std::runtime_error(concat(call, " failed: ", answer.name, " (", answer.number, "), ",
+                                answer.text, ": ", detail)),
+      call_(call),
+      error_number_(answer.number),
+      error_name_(answer.name) {}
+
 }  // namespace dwdp

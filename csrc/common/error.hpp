@@ -23,13 +23,26 @@ class FabricError : public std::runtime_error {
   // `call` failed with `error_number`; `detail` says what was being done, with sizes.
   FabricError(const std::string& call, int error_number, const std::string& detail);
 
-  // Empty and 0 when no system call is behind the error.
+  // What a device's driver says of a failed call: its error's name, number and text.
+  struct DriverAnswer {
+    std::string name;
+    int number;
+    std::string text;
+  };
+
+  // `call` of a device's driver failed; `detail` as above.
+  FabricError(const std::string& call, const DriverAnswer& answer, const std::string& detail);
+
+  // Empty and 0 when no call of a system or driver is behind the error. `error_name` is the
+  // driver's.
   const std::string& call() const noexcept { return call_; }
   int error_number() const noexcept { return error_number_; }
+  const std::string& error_name() const noexcept { return error_name_; }
 
  private:
   std::string call_;
   int error_number_ = 0;
+  std::string error_name_;
 };
 
 }  // namespace dwdp

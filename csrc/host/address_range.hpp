@@ -4,13 +4,14 @@
 #include <cstdint>
 #include <memory>
 
+#include "common/composition.hpp"
 #include "common/dlpack.hpp"
 #include "host/region.hpp"
 
 namespace dwdp::host {
 
-// A reserved range of addresses into which regions are mapped. Touching a part into which nothing
-// was mapped faults.
+// A reserved range of addresses into which regions are mapped. Touching a part that is not mapped,
+// or whose access was not enabled, faults.
 class AddressRange {
  public:
   // `num_bytes`: a positive multiple of the granularity.
@@ -18,10 +19,15 @@ class AddressRange {
 
   // Throws FabricError when closed.
   std::uintptr_t address() const;
-  std::size_t num_bytes() const noexcept { return num_bytes_; }
+  std::size_t num_bytes() const noexcept { return composition_.num_bytes(); }
 
-  // Maps all of `region` at `offset`, replacing what was there. Not `writable` when imported.
-  void map(std::size_t offset, const Region& region, bool writable);
+  // Maps all of `region` at `offset`, where nothing is mapped yet. Not accessible until
+  // enable_access().
+  void map(std::size_t offset, const Region& region);
+
+  // Makes all that has been mapped so far readable, and writable or not. Throws FabricError when
+  // `writable` and an imported region is among it.
+  void enable_access(bool writable);
 
   // A uint8 [num_bytes] tensor over the bytes at `offset`, which keeps the range mapped. The caller
   // owns it: call its deleter once.
@@ -39,8 +45,8 @@ class AddressRange {
 
   const Mapping& mapping() const;
 
+  Composition composition_;
   std::shared_ptr<Mapping> mapping_;
-  std::size_t num_bytes_;
 };
 
 }  // namespace dwdp::host

@@ -2,7 +2,6 @@
 
 #include <unistd.h>
 
-#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
@@ -62,22 +61,7 @@ struct Lane {
 
 Fetch::Fetch(std::vector<std::vector<Copy>> lanes,
              std::vector<std::shared_ptr<const void>> keep_mapped)
-    : lanes_(std::move(lanes)), keep_mapped_(std::move(keep_mapped)) {
-  for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
-    for (const Copy& copy : lanes_[lane]) {
-      const auto dst = reinterpret_cast<std::uintptr_t>(copy.dst);
-      const auto src = reinterpret_cast<std::uintptr_t>(copy.src);
-      DWDP_CHECK(copy.num_bytes > 0 && dst != 0 && src != 0, "lane ", lane,
-                 " of a fetch has a slice of ", copy.num_bytes, " bytes from ", copy.src, " to ",
-                 copy.dst, "; sizes and addresses must not be zero");
-      DWDP_CHECK(std::max(dst, src) - std::min(dst, src) >= copy.num_bytes, "lane ", lane,
-                 " of a fetch has a slice of ", copy.num_bytes, " bytes from ", copy.src, " to ",
-                 copy.dst, ", which overlap");
-      num_bytes_ += copy.num_bytes;
-      ++num_slices_;
-    }
-  }
-}
+    : slices_(std::move(lanes), "lane"), keep_mapped_(std::move(keep_mapped)) {}
 
 class CopyEngine::State {
  public:
@@ -98,6 +82,8 @@ class CopyEngine::State {
 
   void submit(std::shared_ptr<const Fetch> fetch, std::shared_ptr<Event> after,
               std::shared_ptr<Event> done);
+  std::size_t fetch_activated(const Demand& demand, const void* indices, std::size_t count,
+                              std::size_t index_bytes);
   void close() noexcept;
 
   bool forked() const noexcept { return getpid() != pid_; }
@@ -173,6 +159,17 @@ void CopyEngine::State::submit(std::shared_ptr<const Fetch> fetch, std::shared_p
   for (std::size_t i = 0; i < fetch->lanes().size(); ++i) {
     if (!fetch->lanes()[i].empty()) push(lanes_[i], submission);
   }
+}
+
+std::size_t CopyEngine::State::fetch_activated(const Demand& demand, const void* indices,
+                                               std::size_t count, std::size_t index_bytes) {
+  {
+    const std::lock_guard<std::mutex> lock(submit_mutex_);
+    DWDP_CHECK(!closing_, "experts were demanded from a closed copy engine");
+  }
+  const std::size_t num_bytes = demand.fetch(indices, count, index_bytes);
+  num_bytes_copied_.fetch_add(num_bytes, std::memory_order_relaxed);
+  return num_bytes;
 }
 
 void CopyEngine::State::push(Lane& lane, Submission* submission) {
@@ -288,6 +285,11 @@ void CopyEngine::submit(std::shared_ptr<const Fetch> fetch, std::shared_ptr<Even
   DWDP_CHECK(!state_->forked(),
              "the copy engine belongs to the parent process: its threads do not exist in a fork");
   state_->submit(std::move(fetch), std::move(after), std::move(done));
+}
+
+std::size_t CopyEngine::fetch_activated(const Demand& demand, const void* indices,
+                                        std::size_t count, std::size_t index_bytes) {
+  return state_->fetch_activated(demand, indices, count, index_bytes);
 }
 
 void CopyEngine::close() noexcept {

@@ -5,35 +5,27 @@
 #include <memory>
 #include <vector>
 
+#include "common/slices.hpp"
+#include "host/demand.hpp"
 #include "host/event.hpp"
 
 namespace dwdp::host {
-
-// One slice of a fetch.
-struct Copy {
-  void* dst;
-  const void* src;
-  std::size_t num_bytes;
-};
 
 // Slices laid out per lane, in the order in which they are copied. Immutable, so that one fetch can
 // be submitted any number of times.
 class Fetch {
  public:
-  // `keep_mapped`: what the slices' addresses belong to, held as long as the fetch. Throws
-  // FabricError for a slice that is empty, overlaps itself or has a null address.
+  // `keep_mapped`: what the slices' addresses belong to, held as long as the fetch.
   explicit Fetch(std::vector<std::vector<Copy>> lanes,
                  std::vector<std::shared_ptr<const void>> keep_mapped = {});
 
-  const std::vector<std::vector<Copy>>& lanes() const noexcept { return lanes_; }
-  std::size_t num_slices() const noexcept { return num_slices_; }
-  std::size_t num_bytes() const noexcept { return num_bytes_; }
+  const std::vector<std::vector<Copy>>& lanes() const noexcept { return slices_.lists(); }
+  std::size_t num_slices() const noexcept { return slices_.num_slices(); }
+  std::size_t num_bytes() const noexcept { return slices_.num_bytes(); }
 
  private:
-  std::vector<std::vector<Copy>> lanes_;
+  Slices slices_;
   std::vector<std::shared_ptr<const void>> keep_mapped_;
-  std::size_t num_slices_ = 0;
-  std::size_t num_bytes_ = 0;
 };
 
 // Copies fetches in the background. Each lane has a queue and `lane_depth` threads that take its
@@ -63,6 +55,11 @@ class CopyEngine {
   // after close() and in a forked child, where the threads do not exist.
   void submit(std::shared_ptr<const Fetch> fetch, std::shared_ptr<Event> after,
               std::shared_ptr<Event> done);
+
+  // Copies the experts that the router's choice names (see Demand::fetch) before it returns, and
+  // returns the bytes copied. Throws FabricError after close().
+  std::size_t fetch_activated(const Demand& demand, const void* indices, std::size_t count,
+                              std::size_t index_bytes);
 
   // Finishes what was submitted and ends the threads. Idempotent.
   void close() noexcept;

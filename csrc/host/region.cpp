@@ -82,7 +82,7 @@ int Region::fd() const {
   return fd_.get();
 }
 
-UniqueFd Region::open_read_only() const {
+UniqueFd Region::export_descriptor() const {
   // dup would share the open mode; opening the magic link makes a new open file.
   const std::string path = concat("/proc/self/fd/", fd());
   UniqueFd read_only(open(path.c_str(), O_RDONLY | O_CLOEXEC));

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <string>
 
+#include "common/exportable_region.hpp"
 #include "common/unique_fd.hpp"
 
 namespace dwdp::host {
@@ -11,7 +12,7 @@ namespace dwdp::host {
 std::size_t granularity();
 
 // Physical memory behind a file descriptor, of a size that nobody can change any more.
-class Region {
+class Region final : public ExportableRegion {
  public:
   // `num_bytes` (a positive multiple of the granularity) of zeroed memory, all of it there: a later
   // access cannot fail for want of memory. Throws FabricError when it is not available.
@@ -22,15 +23,15 @@ class Region {
   // `origin` names it in errors.
   static Region import(UniqueFd fd, std::size_t num_bytes, const std::string& origin);
 
-  std::size_t num_bytes() const noexcept { return num_bytes_; }
+  std::size_t num_bytes() const noexcept override { return num_bytes_; }
   bool imported() const noexcept { return imported_; }
   bool closed() const noexcept { return !fd_.valid(); }
 
   // Throws FabricError when closed.
   int fd() const;
 
-  // A second descriptor of the same memory, which cannot be mapped writable.
-  UniqueFd open_read_only() const;
+  // It cannot be mapped writable.
+  UniqueFd export_descriptor() const override;
 
   // Mappings, here and in peers, stay valid. Idempotent.
   void close() noexcept { fd_.reset(); }

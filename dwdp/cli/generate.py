@@ -1,7 +1,8 @@
 """``dwdp generate``: text from a group of ranks on this machine.
 
 Without a launcher the command starts the ranks itself. Started by torchrun, mpirun or srun, every
-process of the launcher is a rank, and rank 0 hands out the prompts besides.
+process of the launcher is a rank, and rank 0 hands out the prompts besides. What one rank refuses ends
+all of them, with its message and exit code: launchers report the first process that ends, whichever it is.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,21 +20,36 @@ from click.core import ParameterSource
 from rich.console import Console
 
 from dwdp.cli.display import show_progress, summary_table
-from dwdp.cli.options import config_from_options, config_options
+from dwdp.cli.main import EXIT_FAILURE
+from dwdp.cli.options import FloatRange, IntRange, config_from_options, config_options
+from dwdp.cli.rank_command import (
+    RankCommand,
+    bad_input_is_a_value_error,
+    peers_hear_of_refusals,
+)
 from dwdp.config import DwdpConfig
 from dwdp.group import Group
 from dwdp.launch import LaunchInfo, discover_launch
 from dwdp.observability.report import SamplingReport
+from dwdp.rendezvous import PeerFailure
 from dwdp.serving.channel import RankChannel
-from dwdp.serving.dispatcher import Dispatcher, GenerateError, LostRank, Outcome, SetupFailed
+from dwdp.serving.checkpoint_files import check_checkpoint_files
+from dwdp.serving.dispatcher import (
+    BadInput,
+    Dispatcher,
+    GenerateError,
+    LostRank,
+    Outcome,
+    SetupFailed,
+)
+from dwdp.serving.generation import quiet_transformers
 from dwdp.serving.messages import Hello, Ready
 from dwdp.serving.plan import RunPlan, plan_run
 from dwdp.serving.processes import RankProcesses
 from dwdp.serving.prompts import Prompt, prompts_from_texts, read_prompts
-from dwdp.serving.rank import EXPECTED_ERRORS, load_rank, serve_requests
+from dwdp.serving.rank import load_rank, serve_requests
 from dwdp.serving.results import check_writable, completion_lines, make_report, write_files
 
-EXIT_FAILURE = 1
 MIN_TEMPERATURE = 0.001
 """Below this, logits divided by the temperature leave the range of half precision."""
 
@@ -56,7 +71,7 @@ class GenerateOptions:
     port: int
 
 
-@click.command()
+@click.command(cls=RankCommand)
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @config_options("dwdp_size")
 @click.option(
@@ -80,21 +95,21 @@ class GenerateOptions:
 )
 @click.option(
     "--max-new-tokens",
-    type=click.IntRange(min=1),
+    type=IntRange(min=1),
     default=64,
     show_default=True,
     help="Tokens to generate per prompt at most.",
 )
 @click.option(
     "--temperature",
-    type=click.FloatRange(min=0),
+    type=FloatRange(min=0),
     default=0.0,
     show_default=True,
     help="0 takes the likeliest token each time; above that, tokens are drawn.",
 )
 @click.option(
     "--seed",
-    type=click.IntRange(min=0, max=2**63 - 1),
+    type=IntRange(min=0, max=2**63 - 1),
     default=0,
     show_default=True,
     help="Of the draws. A prompt's text does not depend on the rank that it goes to.",
@@ -125,12 +140,12 @@ class GenerateOptions:
 )
 @click.option(
     "--threads-per-rank",
-    type=click.IntRange(min=1, max=1024),
+    type=IntRange(min=1, max=1024),
     help="Compute threads of each rank. Default: the cores, shared out evenly.",
 )
 @click.option(
     "--port",
-    type=click.IntRange(min=0, max=65535),
+    type=IntRange(min=0, max=65535),
     default=0,
     show_default=True,
     help="Port on the loopback interface where the ranks meet; 0 takes a free one.",
@@ -143,7 +158,8 @@ def generate(context: click.Context, **values: Any) -> int:
     with the least to do. Started by torchrun, mpirun or srun, its processes are the ranks.
     """
     launch = discover_launch()
-    options = _check_options(context, values, launch)
+    with peers_hear_of_refusals():
+        options = _check_options(context, values, launch)
     if launch is None:
         return _run_here(options)
     return _run_launched(options, launch)
@@ -202,6 +218,8 @@ def _plan(options: GenerateOptions) -> RunPlan:
     for path in (options.output, options.report):
         if path is not None:
             check_writable(path)
+    quiet_transformers()
+    check_checkpoint_files(options.model_dir)
     return plan_run(
         options.model_dir,
         options.config,
@@ -237,11 +255,11 @@ def _run_here(options: GenerateOptions) -> int:
 
 def _run_launched(options: GenerateOptions, launch: LaunchInfo) -> int:
     """Be one of the launcher's ranks; rank 0 also hands out the prompts, in a thread of its own."""
-    group = Group.join(launch, timeout_s=options.config.setup_timeout_s)
     desk: _Desk | None = None
     channel: RankChannel | None = None
     try:
-        with group.setting_up():
+        group = Group.join(launch, timeout_s=options.config.setup_timeout_s)
+        with group.setting_up(), bad_input_is_a_value_error():
             if launch.rank == 0:
                 desk = _Desk(options)
             address = desk.address if desk is not None else b""
@@ -261,13 +279,10 @@ def _run_launched(options: GenerateOptions, launch: LaunchInfo) -> int:
             plan, outcome = desk.outcome()
             _hand_over(options, plan, desk.ready, outcome, launcher=launch.launcher)
         return 0 if is_finished else EXIT_FAILURE
-    except Exception as error:
-        if launch.rank == 0:
-            raise
-        # Rank 0 prints this rank's message, once for all; where an error came from is said here.
-        if not isinstance(error, EXPECTED_ERRORS):
-            traceback.print_exception(error)
-        return EXIT_FAILURE
+    except PeerFailure as failure:
+        if failure.bad_input:
+            raise BadInput(str(failure)) from failure
+        raise
     finally:
         if channel is not None:
             channel.close()

@@ -39,9 +39,15 @@ _BAD_INPUT_ERRNOS = frozenset(
 )
 
 _EXTRAS = {
+    "aiohttp": "serve",
+    "httptools": "serve",
+    "prometheus_client": "serve",
+    "matplotlib": "plot",
     "safetensors": "transformers",
+    "starlette": "serve",
     "tokenizers": "transformers",
     "transformers": "transformers",
+    "uvicorn": "serve",
 }
 """Which extra of the package brings a module that only some commands need."""
 
@@ -60,6 +66,19 @@ COMMANDS = {
     ),
     "make-model": CommandEntry(
         "dwdp.cli.make_model", "make_model", "Write a random-weight MoE checkpoint for tests."
+    ),
+    "serve": CommandEntry(
+        "dwdp.cli.serve", "serve", "Serve a group of ranks on this machine to OpenAI clients."
+    ),
+    "plan": CommandEntry(
+        "dwdp.cli.plan",
+        "plan",
+        "Say whether DWDP pays on given hardware, and set it up.",
+    ),
+    "reproduce": CommandEntry(
+        "dwdp.cli.reproduce",
+        "reproduce",
+        "Show the paper's results beside the model's.",
     ),
 }
 
@@ -96,7 +115,10 @@ def version_text() -> str:
         from dwdp import _C
     except ImportError as error:
         return f"dwdp {__version__} (native: not available: {error})"
-    return f"dwdp {__version__} (native: {_C.build_info()['fabrics']})"
+    info = _C.build_info()
+    architectures = info.get("cuda_architectures")
+    built_for = f", CUDA {info['cuda_version']} for {architectures}" if architectures else ""
+    return f"dwdp {__version__} (native: {info['fabrics']}{built_for})"
 
 
 def _print_version(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:

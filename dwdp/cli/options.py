@@ -16,6 +16,18 @@ from dwdp.config import DwdpConfig
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+class IntRange(click.IntRange):
+    """As click's own, whose refusal of a word says that it is "not a valid integer range"."""
+
+    name = "integer"
+
+
+class FloatRange(click.FloatRange):
+    """As click's own, whose refusal of a word says that it is "not a valid float range"."""
+
+    name = "number"
+
+
 def flag_name(field_name: str) -> str:
     """``"num_slots"`` -> ``"--num-slots"``."""
     return "--" + field_name.replace("_", "-")
@@ -107,7 +119,7 @@ def _option_type(name: str, kind: Any, metadata: list[Any]) -> click.ParamType:
     if kind is str:
         return click.STRING
     if kind in (int, float):
-        return (click.IntRange if kind is int else click.FloatRange)(**_bounds(metadata))
+        return (IntRange if kind is int else FloatRange)(**_bounds(metadata))
     raise ValueError(f"DwdpConfig.{name}: there is no command-line option for {kind!r}")
 
 

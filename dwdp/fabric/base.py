@@ -53,8 +53,14 @@ class AddressRange(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
-    def map(self, offset: int, region: Any, *, writable: bool) -> None:
-        """Map all of ``region`` at ``offset`` (a multiple of the granularity), replacing what was there."""
+    def map(self, offset: int, region: Any) -> None:
+        """Put all of ``region`` at ``offset`` (a multiple of the granularity), not accessible yet."""
+
+    def enable_access(self, writable: bool) -> None:
+        """Make everything mapped so far accessible; parts that touch each other in one call of the driver.
+
+        NVLink fabric memory takes one of about 900 routing entries per GPU for every such call.
+        """
 
     def bytes_tensor(self, offset: int, num_bytes: int) -> torch.Tensor:
         """A ``uint8 [num_bytes]`` view, without a copy. The view keeps the mapping alive."""
@@ -64,18 +70,42 @@ class AddressRange(Protocol):
 
 
 class Event(Protocol):
+    """Orders compute and copies.
+
+    Attributes:
+        num_waits: waits that found the generation unfinished.
+        waited_s: seconds compute stood still in them, as far as known by now.
+    """
+
+    @property
+    def num_waits(self) -> int: ...
+
+    @property
+    def waited_s(self) -> float: ...
+
     def record(self) -> None:
         """Issue a generation that completes when the compute work submitted so far has finished."""
 
     def query(self) -> bool:
         """Whether the generation issued last has completed (true if none was issued)."""
 
-    def wait(self) -> float:
-        """Make compute wait for the generation issued last. Returns seconds the host stood still."""
+    def wait(self) -> None:
+        """Make compute wait for the generation issued last."""
 
 
 class CopyEngine(Protocol):
-    """Moves bytes in the background, one lane per source, all lanes at once."""
+    """Moves bytes: in the background, one lane per source and all lanes at once, or on demand.
+
+    Attributes:
+        demanded_bytes: bytes that ``fetch_activated`` has moved. Reading it may wait for compute.
+        demand_waited_s: seconds compute stood still in ``fetch_activated``, as far as known by now.
+    """
+
+    @property
+    def demanded_bytes(self) -> int: ...
+
+    @property
+    def demand_waited_s(self) -> float: ...
 
     def prepare(self, lanes: Sequence[Sequence[Copy]], ranges: Sequence[Any] = ()) -> Any:
         """Lay out a fetch once, so that submitting it costs no allocation. Returns an opaque fetch.
@@ -91,6 +121,20 @@ class CopyEngine(Protocol):
         Returns at once. Fetches submitted to one engine run in submission order on each lane.
         """
 
+    def prepare_demand(self, experts: Sequence[Sequence[Copy]], ranges: Sequence[Any] = ()) -> Any:
+        """Lay out what each expert of a layer takes to fetch (nothing for a resident one).
+
+        Returns an opaque demand. ``ranges`` as in ``prepare``.
+        """
+
+    def fetch_activated(self, demand: Any, indices: torch.Tensor) -> None:
+        """Fetch the experts that ``indices`` names, in compute order: what follows finds them there.
+
+        Args:
+            indices: the router's choice, int32 or int64 of any shape, on the compute device. Ids
+                outside the layer's experts are ignored.
+        """
+
     def close(self) -> None:
         """Finish what was submitted and stop. Idempotent."""
 
@@ -101,10 +145,20 @@ class Fabric(ABC):
     Attributes:
         name: ``"host"`` or ``"cuda"``.
         granularity: bytes; offsets and sizes of every mapping are multiples of it.
+        device_name: what the driver calls the device; empty on the host.
     """
 
     name: str
     granularity: int
+    device_name: str = ""
+
+    def is_capturing(self) -> bool:
+        """Whether compute is being captured into a graph, to run later any number of times."""
+        return False
+
+    def synchronize(self) -> None:
+        """Wait until writes of this process to the fabric's memory can be seen by peers. Set-up only."""
+        return
 
     @abstractmethod
     def allocate(self, num_bytes: int) -> Region:
@@ -126,21 +180,22 @@ class Fabric(ABC):
         """An engine of ``num_lanes`` lanes that keeps up to ``lane_depth`` slices of each in flight."""
 
     @abstractmethod
-    def serve(self, token: bytes) -> str:
-        """Start handing out published regions to this group's processes; returns the address to connect to.
-
-        ``token`` (16 bytes) must be presented by whoever connects.
-        """
+    def serve(self, token: bytes) -> None:
+        """Start handing out regions; ``token`` (16 bytes) must be presented by whoever asks for them."""
 
     @abstractmethod
     def publish(self, name: str, regions: Sequence[Region]) -> None:
         """Make ``regions`` available to peers under ``name``."""
 
     @abstractmethod
+    def ticket(self) -> bytes:
+        """What peers need to get the regions published so far: an address, or the handles themselves."""
+
+    @abstractmethod
     def fetch_regions(
-        self, address: str, token: bytes, name: str, sizes: Sequence[int], timeout_s: float
+        self, ticket: bytes, token: bytes, name: str, sizes: Sequence[int], timeout_s: float
     ) -> list[Region]:
-        """Regions that the peer at ``address`` published under ``name``; read-only when mapped.
+        """Regions that the peer who wrote ``ticket`` published under ``name``; read-only when mapped.
 
         Raises:
             FabricError: no answer in time, the peer refused, or a size differs from ``sizes``.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import mmap
-import resource
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dwdp import _C
 from dwdp.fabric.base import Fabric, FabricError, Region
+from dwdp.fabric.descriptor_limit import raise_descriptor_limit
 
 if TYPE_CHECKING:
     import torch
@@ -32,13 +33,36 @@ class HostAddressRange(_C.HostAddressRange):
         return tensor
 
 
-def raise_descriptor_limit() -> None:
-    """Let this process open as many files as it is allowed to: every region is one or two.
+class HostEvent(_C.HostEvent):
+    """An event that counts the host's waits for it."""
 
-    The usual limit of 1024 is there for programs that use ``select``, and too low for large models.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    num_waits = 0
+    waited_s = 0.0
+
+    def wait(self) -> None:  # type: ignore[override]
+        """Wait for the generation issued last."""
+        seconds = super().wait()
+        if seconds > 0:
+            self.num_waits += 1
+            self.waited_s += seconds
+
+
+class HostCopyEngine(_C.HostCopyEngine):
+    """Threads that copy slices, and copies on demand by the calling thread."""
+
+    demanded_bytes = 0
+    demand_waited_s = 0.0
+
+    def fetch_activated(  # type: ignore[override]
+        self, demand: _C.HostDemand, indices: torch.Tensor
+    ) -> None:
+        """Copy the experts that ``indices`` (int32 or int64, on the CPU) names; they are there at once."""
+        start = time.perf_counter()
+        indices = indices.contiguous()
+        self.demanded_bytes += super().fetch_activated(
+            demand, indices.data_ptr(), indices.numel(), indices.itemsize
+        )
+        self.demand_waited_s += time.perf_counter() - start
 
 
 class HostFabric(Fabric):
@@ -62,29 +86,34 @@ class HostFabric(Fabric):
     def reserve(self, num_bytes: int) -> HostAddressRange:
         return HostAddressRange(num_bytes)
 
-    def event(self) -> _C.HostEvent:
-        return _C.HostEvent()
+    def event(self) -> HostEvent:
+        return HostEvent()
 
-    def copy_engine(self, num_lanes: int, lane_depth: int) -> _C.HostCopyEngine:
-        return _C.HostCopyEngine(num_lanes, lane_depth)
+    def copy_engine(self, num_lanes: int, lane_depth: int) -> HostCopyEngine:
+        return HostCopyEngine(num_lanes, lane_depth)
 
-    def serve(self, token: bytes) -> str:
+    def serve(self, token: bytes) -> None:
         if self._server is not None:
             raise FabricError(f"this fabric already serves its regions at {self._server.address}")
         self._server = _C.DescriptorServer(token)
-        return self._server.address
 
     def publish(self, name: str, regions: Sequence[Region]) -> None:
-        if self._server is None:
-            raise FabricError(f"{name!r} cannot be published before serve() or after close()")
-        self._server.publish(name, regions)
+        self._serving().publish(name, regions)
+
+    def ticket(self) -> bytes:
+        return self._serving().address.encode()
 
     def fetch_regions(
-        self, address: str, token: bytes, name: str, sizes: Sequence[int], timeout_s: float
+        self, ticket: bytes, token: bytes, name: str, sizes: Sequence[int], timeout_s: float
     ) -> list[Region]:
-        return list(_C.fetch_regions(address, token, name, sizes, timeout_s))
+        return list(_C.fetch_regions(ticket.decode(), token, name, sizes, timeout_s))
 
     def close(self) -> None:
         if self._server is not None:
             self._server.close()
             self._server = None
+
+    def _serving(self) -> _C.DescriptorServer:
+        if self._server is None:
+            raise FabricError("regions cannot be published before serve() or after close()")
+        return self._server

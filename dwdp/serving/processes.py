@@ -11,8 +11,14 @@ from types import TracebackType
 from typing import Any
 
 from dwdp.config import DwdpConfig
-from dwdp.group import prefixed, report_failure, serve_store
-from dwdp.launch import DWDP_RANK, DWDP_RENDEZVOUS, DWDP_STORE_IS_SERVED, DWDP_WORLD_SIZE
+from dwdp.launch import (
+    DWDP_INCARNATION,
+    DWDP_RANK,
+    DWDP_RENDEZVOUS,
+    DWDP_STORE_IS_SERVED,
+    DWDP_WORLD_SIZE,
+)
+from dwdp.rendezvous import prefixed, report_failure, serve_store
 from dwdp.serving.dispatcher import SetupFailed
 from dwdp.serving.rank import EXIT_PEER_FAILED, RankJob
 
@@ -177,6 +183,7 @@ class RankProcesses:
             DWDP_WORLD_SIZE: self._config.dwdp_size,
             DWDP_RENDEZVOUS: f"{HOST}:{self._store.port}",
             DWDP_STORE_IS_SERVED: 1,
+            DWDP_INCARNATION: 0,
             **dict.fromkeys(_THREAD_VARIABLES, num_threads),
         }
         return inherited | {key: str(value) for key, value in own.items()}

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from dwdp.config import DwdpConfig
 from dwdp.fabric.base import FabricError
-from dwdp.group import Group, GroupError, PeerFailure
+from dwdp.group import Group
 from dwdp.launch import discover_launch
+from dwdp.rendezvous import GroupError, PeerFailure
 from dwdp.serving.channel import RankChannel
+from dwdp.serving.checkpoint_files import check_checkpoint_files
 from dwdp.serving.generation import Generator, quiet_transformers
 from dwdp.serving.messages import (
     Completion,
@@ -32,6 +34,7 @@ from dwdp.serving.messages import (
     Ready,
     Request,
 )
+from dwdp.system_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from dwdp.engines.transformers import Attachment
@@ -122,6 +125,7 @@ def load_rank(
 
     torch.set_num_threads(num_threads)
     quiet_transformers()
+    check_checkpoint_files(model_dir)
     return load(model_dir, group, config, dtype=dtype)
 
 
@@ -164,7 +168,7 @@ def serve_requests(channel: RankChannel, attachment: Attachment) -> bool:
             fetched_bytes=stats.fetched_bytes,
             num_waits=stats.num_waits,
             exposed_wait_s=stats.exposed_wait_s,
-            peak_rss_bytes=_peak_rss_bytes(),
+            peak_rss_bytes=peak_rss_bytes(),
         )
         channel.send(Completion(message.index, token_ids, finish_reason, counters))
     return False
@@ -181,7 +185,7 @@ def _ready(attachment: Attachment) -> Ready:
         resident_expert_bytes=stats.resident_expert_bytes,
         staging_bytes=stats.staging_bytes,
         load_s=report.seconds,
-        peak_rss_bytes=_peak_rss_bytes(),
+        peak_rss_bytes=peak_rss_bytes(),
     )
 
 
@@ -204,12 +208,3 @@ def _describe(error: Exception) -> str:
     return (
         text if isinstance(error, EXPECTED_ERRORS) and text else f"{type(error).__name__}: {text}"
     )
-
-
-def _peak_rss_bytes() -> int:
-    # Not getrusage(): its maximum also counts the parent's memory, from before this program began.
-    with open("/proc/self/status", encoding="ascii") as file:
-        for line in file:
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return 0

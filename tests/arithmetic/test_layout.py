@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from arithmetic_cases import layouts
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dwdp.layout import (
+    PACK_ALIGNMENT,
     ByteRange,
     Edge,
     FetchRange,
@@ -14,6 +16,7 @@ from dwdp.layout import (
     StagedSegment,
     TensorLayout,
     build_layout,
+    pack,
 )
 from dwdp.placement import build_placement
 
@@ -219,3 +222,16 @@ def test_the_largest_group(expert_bytes: int) -> None:
             layout.total_bytes,
         )
         assert_tiles([(s.start, s.stop) for s in layout.direct_segments(rank)], layout.mapped_bytes)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 5000), max_size=20),
+    granularity=st.sampled_from([4096, 65536, 2 << 20]),
+)
+def test_packed_tensors_are_aligned_and_do_not_overlap(sizes: list[int], granularity: int) -> None:
+    offsets, num_bytes = pack(sizes, granularity)
+    assert all(offset % PACK_ALIGNMENT == 0 for offset in offsets)
+    ends = [offset + size for offset, size in zip(offsets, sizes, strict=True)]
+    assert all(end <= start for end, start in zip(ends, offsets[1:], strict=False))
+    assert num_bytes % granularity == 0
+    assert max(ends, default=0) <= num_bytes < max(ends, default=0) + granularity

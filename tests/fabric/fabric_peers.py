@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dwdp.fabric import Fabric, FabricError, create_fabric
+from dwdp.fabric import Fabric, FabricError, Region, create_fabric
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,25 @@ def pattern(seed: int, num_bytes: int) -> torch.Tensor:
     return torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
 
 
+def serve(fabric: Fabric) -> str:
+    """Serve from this process; returns the address."""
+    fabric.serve(TOKEN)
+    return fabric.ticket().decode()
+
+
+def fetch(
+    fabric: Fabric,
+    address: str,
+    name: str,
+    sizes: list[int],
+    *,
+    token: bytes = TOKEN,
+    timeout_s: float = 20.0,
+) -> list[Region]:
+    """Regions published under ``name`` by the process that serves at ``address``."""
+    return fabric.fetch_regions(address.encode(), token, name, sizes, timeout_s)
+
+
 def export_pieces(connection: Connection, seeds: list[int], num_pages: list[int]) -> None:
     """Publish one region per seed under "pieces"; send the address; then do as told."""
     fabric = create_fabric("host")
@@ -49,12 +68,13 @@ def export_pieces(connection: Connection, seeds: list[int], num_pages: list[int]
         num_bytes = pages * fabric.granularity
         region = fabric.allocate(num_bytes)
         address_range = fabric.reserve(num_bytes)
-        address_range.map(0, region, writable=True)
+        address_range.map(0, region)
+        address_range.enable_access(writable=True)
         view = address_range.bytes_tensor(0, num_bytes)
         view.copy_(pattern(seed, num_bytes))
         regions.append(region)
         views.append(view)
-    address = fabric.serve(TOKEN)
+    address = serve(fabric)
     fabric.publish("pieces", regions)
     connection.send(address)
     while (command := connection.recv()) != "stop":
@@ -66,9 +86,10 @@ def export_pieces(connection: Connection, seeds: list[int], num_pages: list[int]
 def write_to_imported(connection: Connection, address: str, num_bytes: int, write: bool) -> None:
     """Map a peer's region and read it; writing to it is the end of this process."""
     fabric = create_fabric("host")
-    [region] = fabric.fetch_regions(address, TOKEN, "pieces", [num_bytes], 20.0)
+    [region] = fetch(fabric, address, "pieces", [num_bytes])
     address_range = fabric.reserve(num_bytes)
-    address_range.map(0, region, writable=False)
+    address_range.map(0, region)
+    address_range.enable_access(writable=False)
     view = address_range.bytes_tensor(0, num_bytes)
     connection.send(int(view.sum()))
     if write:
@@ -79,7 +100,7 @@ def fetch_as_nobody(connection: Connection, address: str, num_bytes: int) -> Non
     fabric = create_fabric("host")
     os.setuid(NOBODY)
     try:
-        fabric.fetch_regions(address, TOKEN, "pieces", [num_bytes], 20.0)
+        fetch(fabric, address, "pieces", [num_bytes])
         connection.send("served")
     except FabricError as error:
         connection.send(str(error))
@@ -88,7 +109,7 @@ def fetch_as_nobody(connection: Connection, address: str, num_bytes: int) -> Non
 def serve_as_nobody(connection: Connection) -> None:
     fabric = create_fabric("host")
     os.setuid(NOBODY)
-    connection.send(fabric.serve(TOKEN))
+    connection.send(serve(fabric))
     connection.recv()
 
 
@@ -128,7 +149,7 @@ def fork_with_engine(connection: Connection) -> None:
 def export_one(fabric: Fabric, num_pages: int = 1) -> tuple[str, int]:
     """Serve one region under "pieces" from this process; returns the address and its bytes."""
     num_bytes = num_pages * fabric.granularity
-    address = fabric.serve(TOKEN)
+    address = serve(fabric)
     fabric.publish("pieces", [fabric.allocate(num_bytes)])
     return address, num_bytes
 

@@ -44,9 +44,9 @@ def test_wrong_token_is_refused(fabric: Fabric) -> None:
     address, num_bytes = peers.export_one(fabric)
     for token in (bytes(16), peers.TOKEN[:-1] + b"g", b"1" + peers.TOKEN[1:]):
         with pytest.raises(FabricError, match=rf"'pieces' from {address}: refused: the token"):
-            fabric.fetch_regions(address, token, "pieces", [num_bytes], 20.0)
+            peers.fetch(fabric, address, "pieces", [num_bytes], token=token)
     with pytest.raises(FabricError, match="a token has 16 bytes, not 3"):
-        fabric.fetch_regions(address, b"abc", "pieces", [num_bytes], 20.0)
+        peers.fetch(fabric, address, "pieces", [num_bytes], token=b"abc")
     with pytest.raises(FabricError, match="a token has 16 bytes, not 17"):
         create_fabric("host").serve(peers.TOKEN + b"x")
 
@@ -54,9 +54,9 @@ def test_wrong_token_is_refused(fabric: Fabric) -> None:
 def test_unpublished_name_is_refused_until_it_is_published(fabric: Fabric) -> None:
     address, num_bytes = peers.export_one(fabric)
     with pytest.raises(FabricError, match="refused: 'later' is not published"):
-        fabric.fetch_regions(address, peers.TOKEN, "later", [num_bytes], 20.0)
+        peers.fetch(fabric, address, "later", [num_bytes])
     fabric.publish("later", [fabric.allocate(num_bytes)])
-    assert len(fabric.fetch_regions(address, peers.TOKEN, "later", [num_bytes], 20.0)) == 1
+    assert len(peers.fetch(fabric, address, "later", [num_bytes])) == 1
     with pytest.raises(FabricError, match="'later' has already been published"):
         fabric.publish("later", [])
 
@@ -73,24 +73,24 @@ def test_sizes_must_agree(fabric: Fabric, sizes: list[int], message: str) -> Non
     address, _ = peers.export_one(fabric)
     descriptors = peers.num_descriptors()
     with pytest.raises(FabricError, match=message):
-        fabric.fetch_regions(address, peers.TOKEN, "pieces", sizes, 20.0)
+        peers.fetch(fabric, address, "pieces", sizes)
     assert peers.eventually(lambda: peers.num_descriptors() == descriptors)
 
 
 def test_many_regions_come_in_order(fabric: Fabric) -> None:
-    address = fabric.serve(peers.TOKEN)
+    address = peers.serve(fabric)
     sizes = [(1 + i % 3) * fabric.granularity for i in range(777)]
     fabric.publish("many", [fabric.allocate(size) for size in sizes])
-    regions = fabric.fetch_regions(address, peers.TOKEN, "many", sizes, 20.0)
+    regions = peers.fetch(fabric, address, "many", sizes)
     assert [region.num_bytes for region in regions] == sizes
 
 
 def test_published_regions_may_be_closed(fabric: Fabric) -> None:
-    address = fabric.serve(peers.TOKEN)
+    address = peers.serve(fabric)
     region = fabric.allocate(fabric.granularity)
     fabric.publish("closed", [region])
     region.close()
-    assert len(fabric.fetch_regions(address, peers.TOKEN, "closed", [region.num_bytes], 20.0)) == 1
+    assert len(peers.fetch(fabric, address, "closed", [region.num_bytes])) == 1
 
 
 def test_serving_has_a_beginning_and_an_end(fabric: Fabric) -> None:
@@ -101,7 +101,7 @@ def test_serving_has_a_beginning_and_an_end(fabric: Fabric) -> None:
         fabric.serve(peers.TOKEN)
     fabric.close()
     with pytest.raises(FabricError, match="Connection refused"):
-        fabric.fetch_regions(address, peers.TOKEN, "pieces", [num_bytes], 20.0)
+        peers.fetch(fabric, address, "pieces", [num_bytes])
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process of another user")
@@ -117,7 +117,7 @@ def test_servers_of_other_users_get_no_token(fabric: Fabric) -> None:
     process, connection, address = peers.start(peers.serve_as_nobody)
     message = f"cannot be trusted: process {process.pid} belongs to user {peers.NOBODY}"
     with pytest.raises(FabricError, match=message):
-        fabric.fetch_regions(address, peers.TOKEN, "pieces", [4096], 20.0)
+        peers.fetch(fabric, address, "pieces", [4096])
     connection.send("stop")
     process.join(20.0)
 
@@ -145,7 +145,7 @@ def test_garbage_is_refused_and_harms_nobody(fabric: Fabric, garbage: bytes) -> 
         assert struct.unpack_from("<II", answer) == (MAGIC, REFUSED)
         assert answer[16:] == b"this is not a request for regions"
         assert client.recv(4096) == b""
-    assert len(fabric.fetch_regions(address, peers.TOKEN, "pieces", [num_bytes], 20.0)) == 1
+    assert len(peers.fetch(fabric, address, "pieces", [num_bytes])) == 1
     assert peers.eventually(lambda: peers.num_descriptors() == descriptors)
 
 
@@ -166,7 +166,7 @@ def test_silent_clients_do_not_hold_up_others(fabric: Fabric) -> None:
     address, num_bytes = peers.export_one(fabric)
     clients = [connect(address) for _ in range(50)]
     start = time.monotonic()
-    assert len(fabric.fetch_regions(address, peers.TOKEN, "pieces", [num_bytes], 20.0)) == 1
+    assert len(peers.fetch(fabric, address, "pieces", [num_bytes])) == 1
     assert time.monotonic() - start < 5.0  # they may be silent for 10 s
     for client in clients:
         client.close()
@@ -352,10 +352,10 @@ def test_signal_handlers_end_a_fetch() -> None:
 @pytest.mark.parametrize("address", ["", "@", "/tmp/socket", "@" + "x" * 200])
 def test_malformed_addresses(fabric: Fabric, address: str) -> None:
     with pytest.raises(FabricError, match="is not the address of a descriptor server"):
-        fabric.fetch_regions(address, peers.TOKEN, "pieces", [4096], 1.0)
+        peers.fetch(fabric, address, "pieces", [4096], timeout_s=1.0)
 
 
 def test_timeouts_must_be_positive(fabric: Fabric) -> None:
     for timeout_s in (0.0, -1.0, float("nan")):
         with pytest.raises(FabricError, match="a timeout is positive"):
-            fabric.fetch_regions("@dwdp", peers.TOKEN, "pieces", [4096], timeout_s)
+            peers.fetch(fabric, "@dwdp", "pieces", [4096], timeout_s=timeout_s)

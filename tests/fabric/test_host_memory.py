@@ -13,7 +13,7 @@ import fabric_peers as peers
 import pytest
 import torch
 
-from dwdp.fabric import Fabric, FabricError, Region, create_fabric
+from dwdp.fabric import Copy, Fabric, FabricError, Region, create_fabric
 
 F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW = 1, 2, 4
 
@@ -30,7 +30,8 @@ def test_region_is_zeroed_memory(fabric: Fabric) -> None:
     region = fabric.allocate(num_bytes)
     assert region.num_bytes == num_bytes
     address_range = fabric.reserve(num_bytes)
-    address_range.map(0, region, writable=True)
+    address_range.map(0, region)
+    address_range.enable_access(writable=True)
     view = address_range.bytes_tensor(0, num_bytes)
     assert view.dtype == torch.uint8
     assert view.shape == (num_bytes,)
@@ -68,24 +69,31 @@ def test_range_refuses_what_does_not_fit(fabric: Fabric) -> None:
     region = fabric.allocate(2 * page)
     address_range = fabric.reserve(4 * page)
     with pytest.raises(FabricError, match=f"offset 8 is not a multiple of {page}"):
-        address_range.map(8, region, writable=True)
+        address_range.map(8, region)
     with pytest.raises(FabricError, match="does not fit"):
-        address_range.map(3 * page, region, writable=True)
+        address_range.map(3 * page, region)
+    address_range.map(page, region)
+    for offset in (0, page, 2 * page):
+        with pytest.raises(FabricError, match="overlaps one that is mapped there already"):
+            address_range.map(offset, region)
     with pytest.raises(FabricError, match="reaches past the end"):
         address_range.bytes_tensor(page, 4 * page)
     region.close()
     with pytest.raises(FabricError, match="region of 8192 bytes is closed"):
-        address_range.map(0, region, writable=True)
+        fabric.reserve(2 * page).map(0, region)
     address_range.close()
     with pytest.raises(FabricError, match="address range of 16384 bytes is closed"):
         address_range.bytes_tensor(0, page)
+    with pytest.raises(FabricError, match="address range of 16384 bytes is closed"):
+        address_range.enable_access(writable=True)
 
 
 def test_ranges_may_be_far_larger_than_memory(fabric: Fabric) -> None:
     num_bytes = 1 << 40
     address_range = fabric.reserve(num_bytes)
     region = fabric.allocate(fabric.granularity)
-    address_range.map(num_bytes - fabric.granularity, region, writable=True)
+    address_range.map(num_bytes - fabric.granularity, region)
+    address_range.enable_access(writable=True)
     view = address_range.bytes_tensor(num_bytes - 5, 5)
     view.fill_(3)
     assert view.sum() == 15
@@ -96,7 +104,8 @@ def test_tensors_keep_the_range_mapped(fabric: Fabric) -> None:
     mappings = peers.num_region_mappings()
     region = fabric.allocate(page)
     address_range = fabric.reserve(2 * page)
-    address_range.map(page, region, writable=True)
+    address_range.map(page, region)
+    address_range.enable_access(writable=True)
     view = address_range.bytes_tensor(page, page).view(torch.float32)[:4]
     region.close()
     address_range.close()
@@ -113,7 +122,8 @@ def test_tensors_keep_the_range_mapped(fabric: Fabric) -> None:
 def test_capsule_that_nobody_consumes_is_freed(fabric: Fabric) -> None:
     mappings = peers.num_region_mappings()
     address_range = fabric.reserve(fabric.granularity)
-    address_range.map(0, fabric.allocate(fabric.granularity), writable=True)
+    address_range.map(0, fabric.allocate(fabric.granularity))
+    address_range.enable_access(writable=True)
     capsule = address_range.bytes_capsule(0, 16)  # type: ignore[attr-defined]
     address_range.close()
     assert peers.num_region_mappings() == mappings + 1
@@ -136,17 +146,21 @@ def test_pieces_of_several_processes_compose_one_range(fabric: Fabric) -> None:
         exporters[rank] = peers.start(peers.export_pieces, mine, pages)
         sizes = [p * page for p in pages]
         address = exporters[rank][2]
-        regions = fabric.fetch_regions(address, peers.TOKEN, "pieces", sizes, 20.0)
+        regions = peers.fetch(fabric, address, "pieces", sizes)
         assert [region.num_bytes for region in regions] == sizes
         pieces.update(zip(mine, regions, strict=True))
     offsets = [sum(num_pages[:i]) * page for i in range(6)]
     for i in range(6):
         region = pieces[i] if owner[i] else fabric.allocate(num_pages[i] * page)
-        address_range.map(offsets[i], region, writable=owner[i] == 0)
+        address_range.map(offsets[i], region)
         if owner[i] == 0:
-            own = address_range.bytes_tensor(offsets[i], num_pages[i] * page)
+            own_range = fabric.reserve(region.num_bytes)
+            own_range.map(0, region)
+            own_range.enable_access(writable=True)
+            own = own_range.bytes_tensor(0, region.num_bytes)
             own.copy_(peers.pattern(i, num_pages[i] * page))
         region.close()
+    address_range.enable_access(writable=False)
     whole = address_range.bytes_tensor(0, total)
     expected = torch.cat([peers.pattern(i, num_pages[i] * page) for i in range(6)])
     assert torch.equal(whole, expected)
@@ -176,13 +190,15 @@ def test_writing_to_a_peers_region_faults(fabric: Fabric, write: bool) -> None:
 def test_imported_regions_are_read_only_by_descriptor_too(fabric: Fabric) -> None:
     address, num_bytes = peers.export_one(fabric)
     before = set(peers.region_descriptors())
-    [region] = fabric.fetch_regions(address, peers.TOKEN, "pieces", [num_bytes], 20.0)
+    [region] = peers.fetch(fabric, address, "pieces", [num_bytes])
     [fd] = set(peers.region_descriptors()) - before
     assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
     assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
     address_range = fabric.reserve(num_bytes)
-    with pytest.raises(FabricError, match="read-only, not writable"):
-        address_range.map(0, region, writable=True)
+    address_range.map(0, region)
+    with pytest.raises(FabricError, match="received from a peer: it is read-only, not writable"):
+        address_range.enable_access(writable=True)
+    address_range.enable_access(writable=False)
 
 
 def test_killed_exporter_leaves_its_memory_to_peers_and_nothing_else(
@@ -193,10 +209,11 @@ def test_killed_exporter_leaves_its_memory_to_peers_and_nothing_else(
     page = fabric.granularity
     process, _, address = peers.start(peers.export_pieces, [1, 2], [64, 3])
     assert address in Path("/proc/net/unix").read_text()
-    regions = fabric.fetch_regions(address, peers.TOKEN, "pieces", [64 * page, 3 * page], 20.0)
+    regions = peers.fetch(fabric, address, "pieces", [64 * page, 3 * page])
     address_range = fabric.reserve(67 * page)
-    address_range.map(0, regions[0], writable=False)
-    address_range.map(64 * page, regions[1], writable=False)
+    address_range.map(0, regions[0])
+    address_range.map(64 * page, regions[1])
+    address_range.enable_access(writable=False)
     process.kill()
     process.join(20.0)
     assert process.exitcode == -signal.SIGKILL
@@ -206,26 +223,29 @@ def test_killed_exporter_leaves_its_memory_to_peers_and_nothing_else(
     assert not any("dwdp" in name for name in set(os.listdir("/dev/shm")) - shared_memory)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FabricError, match="Connection refused"):
-        fabric.fetch_regions(address, peers.TOKEN, "pieces", [64 * page, 3 * page], 5.0)
+        peers.fetch(fabric, address, "pieces", [64 * page, 3 * page], timeout_s=5.0)
 
 
 def test_rounds_of_everything_leak_nothing() -> None:
     def one_round() -> None:
         fabric = create_fabric("host")
         address, num_bytes = peers.export_one(fabric, num_pages=2)
-        [region] = fabric.fetch_regions(address, peers.TOKEN, "pieces", [num_bytes], 20.0)
+        [region] = peers.fetch(fabric, address, "pieces", [num_bytes])
         with pytest.raises(FabricError):
-            fabric.fetch_regions(address, peers.TOKEN, "pieces", [num_bytes * 2], 20.0)
+            peers.fetch(fabric, address, "pieces", [num_bytes * 2])
         with pytest.raises(FabricError):
-            fabric.fetch_regions(address, bytes(16), "pieces", [num_bytes], 20.0)
+            peers.fetch(fabric, address, "pieces", [num_bytes], token=bytes(16))
         address_range = fabric.reserve(2 * num_bytes)
-        address_range.map(0, region, writable=False)
-        address_range.map(num_bytes, fabric.allocate(num_bytes), writable=True)
-        view = address_range.bytes_tensor(0, 2 * num_bytes)
+        address_range.map(0, region)
+        address_range.enable_access(writable=False)
+        own_range = fabric.reserve(num_bytes)
+        own_range.map(0, fabric.allocate(num_bytes))
+        own_range.enable_access(writable=True)
+        view = own_range.bytes_tensor(0, num_bytes)
         engine = fabric.copy_engine(2, 1)
         done = fabric.event()
-        start = address_range.address
-        fetch = engine.prepare([[], [(start + num_bytes, start, num_bytes)]])  # type: ignore[list-item]
+        copy = Copy(own_range.address, address_range.address, num_bytes)
+        fetch = engine.prepare([[], [copy]], [own_range, address_range])
         engine.submit(fetch, after=None, done=done)
         done.wait()
         assert not view.any()

@@ -12,13 +12,16 @@
 #include "check.hpp"
 #include "common/error.hpp"
 #include "host/address_range.hpp"
-#include "host/descriptor_client.hpp"
-#include "host/descriptor_server.hpp"
 #include "host/region.hpp"
+#include "transport/descriptor_client.hpp"
+#include "transport/descriptor_server.hpp"
 
-namespace dwdp::host {
+namespace dwdp::transport {
 namespace {
 
+using host::AddressRange;
+using host::granularity;
+using host::Region;
 using std::chrono::milliseconds;
 
 const Token kToken = parse_token("0123456789abcdef");
@@ -27,13 +30,19 @@ const std::function<void()> kIgnoreInterrupts = [] {};
 std::vector<Region> fetch(const std::string& address, const std::string& name,
                           const std::vector<std::size_t>& sizes, const Token& token = kToken,
                           milliseconds timeout = milliseconds(20000)) {
-  return fetch_regions(address, token, name, sizes, timeout, kIgnoreInterrupts);
+  std::vector<UniqueFd> fds =
+      fetch_descriptors(address, token, name, sizes, timeout, kIgnoreInterrupts);
+  std::vector<Region> regions;
+  for (std::size_t i = 0; i < fds.size(); ++i) {
+    regions.push_back(Region::import(std::move(fds[i]), sizes[i], origin(address, name, i)));
+  }
+  return regions;
 }
 
 std::vector<Descriptor> descriptors_of(const std::vector<Region>& regions) {
   std::vector<Descriptor> descriptors;
   for (const Region& region : regions) {
-    descriptors.push_back({region.open_read_only(), region.num_bytes()});
+    descriptors.push_back({region.export_descriptor(), region.num_bytes()});
   }
   return descriptors;
 }
@@ -43,7 +52,8 @@ std::vector<Region> allocate(std::size_t count) {
   for (std::size_t i = 0; i < count; ++i) {
     regions.push_back(Region::allocate(granularity()));
     AddressRange range(granularity());
-    range.map(0, regions.back(), true);
+    range.map(0, regions.back());
+    range.enable_access(true);
     std::memcpy(reinterpret_cast<void*>(range.address()), &i, sizeof(i));
   }
   return regions;
@@ -51,7 +61,8 @@ std::vector<Region> allocate(std::size_t count) {
 
 std::size_t content(const Region& region) {
   AddressRange range(region.num_bytes());
-  range.map(0, region, false);
+  range.map(0, region);
+  range.enable_access(false);
   return *reinterpret_cast<const std::size_t*>(range.address());
 }
 
@@ -178,4 +189,4 @@ TEST(server_serves_many_clients_at_once) {
 }
 
 }  // namespace
-}  // namespace dwdp::host
+}  // namespace dwdp::transport

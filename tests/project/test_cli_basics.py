@@ -36,7 +36,7 @@ def add_command(monkeypatch: pytest.MonkeyPatch):
 
 def test_version_names_the_native_build(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
-    pattern = rf"dwdp {re.escape(__version__)} \(native: host(\+cuda .+)?\)\n"
+    pattern = rf"dwdp {re.escape(__version__)} \(native: host(\+cuda, CUDA .+ for .+)?\)\n"
     assert re.fullmatch(pattern, capsys.readouterr().out)
 
 

@@ -134,7 +134,7 @@ def test_the_option_table_matches_the_config() -> None:
 def test_the_variable_table_names_every_variable_that_is_read() -> None:
     sources = [ROOT / "setup.py", *(ROOT / "dwdp").rglob("*.py")]
     used = {name for path in sources for name in re.findall(r'"(DWDP_[A-Z_]+)"', read(path))}
-    used.discard("DWDP_VERSION")  # a macro of the native build
+    used -= {"DWDP_VERSION", "DWDP_WITH_CUDA"}  # macros of the native build
     rows = re.findall(r"^\| (`DWDP_.+?) \|", read(ROOT / "README.md"), re.MULTILINE)
     documented = {name for row in rows for name in re.findall(r"`(DWDP_\w+)`", row)}
     assert documented == used

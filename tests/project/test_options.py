@@ -85,7 +85,7 @@ def test_bounds_and_choices_are_shown_in_the_help() -> None:
     result = CliRunner().invoke(command_with("lane_depth", "fetch_mode"), ["--help"])
     text = " ".join(result.output.split())
     assert "[default: 1; 1<=x<=16]" in text
-    assert "--fetch-mode [staged|direct|auto]" in text
+    assert "--fetch-mode [staged|direct|demand|auto]" in text
 
 
 @pytest.mark.parametrize(

@@ -14,35 +14,32 @@ from dataclasses import replace
 import pytest
 from ranks import run_ranks
 
-from dwdp.group import (
-    Group,
-    GroupError,
-    PeerFailure,
-    ProcessIdentity,
-    prefixed,
-    report_failure,
-    serve_store,
-)
+from dwdp.group import Group, fail_before_joining
 from dwdp.launch import LaunchInfo
+from dwdp.process_identity import ProcessIdentity
+from dwdp.rendezvous import GroupError, PeerFailure, prefixed, report_failure, serve_store
 
 MEMBER = """
 import os, signal, sys, time
-from dwdp.group import Group, PeerFailure
+from dwdp.group import Group
 from dwdp.launch import discover_launch
+from dwdp.rendezvous import PeerFailure
 launch = discover_launch()
 group = Group.join(launch, timeout_s=60)
 action = sys.argv[1] if launch.rank == 1 else "wait"
 try:
     with group.setting_up():
         group.barrier("joined")
-        if action == "raise":
+        if action == "refuse":
             raise ValueError("the checkpoint is corrupt")
+        if action == "fail":
+            raise RuntimeError("the checkpoint is corrupt")
         if action == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         group.barrier("done")
 except PeerFailure as failure:
     print(failure)
-    sys.exit(3)
+    sys.exit(4 if failure.bad_input else 3)
 print("ok", group.is_one_host, group.token.hex())
 """
 
@@ -93,19 +90,20 @@ def test_ranks_meet(served: bool) -> None:
 
 @pytest.mark.parametrize("served", [True, False], ids=["launcher's store", "rank 0's store"])
 @pytest.mark.parametrize(
-    ("action", "code", "text"),
+    ("action", "codes", "text"),
     [
-        ("raise", 1, "rank 1: the checkpoint is corrupt"),
-        ("die", -signal.SIGKILL, r"rank 1: process \d+ died during set-up"),
+        ("refuse", [4, 1, 4], "rank 1: the checkpoint is corrupt"),
+        ("fail", [3, 1, 3], "rank 1: the checkpoint is corrupt"),
+        ("die", [3, -signal.SIGKILL, 3], r"rank 1: process \d+ died during set-up"),
     ],
 )
 def test_one_failure_ends_all_with_its_message(
-    served: bool, action: str, code: int, text: str
+    served: bool, action: str, codes: list[int], text: str
 ) -> None:
     import re
 
-    codes, outputs, _ = run_members(3, action, served=served)
-    assert codes == [3, code, 3], outputs
+    ended, outputs, _ = run_members(3, action, served=served)
+    assert ended == codes, outputs
     assert re.search(text, outputs[0])
     assert re.search(text, outputs[2])
 
@@ -150,6 +148,40 @@ def test_a_failure_reported_by_the_launcher_reaches_the_group() -> None:
     report_failure(prefixed(store), 1, "did not start")
     with pytest.raises(PeerFailure, match="rank 1: did not start"):
         Group(0, 2, prefixed(store), timeout_s=5)
+
+
+def test_a_rank_that_cannot_join_ends_the_others() -> None:
+    launches = [
+        LaunchInfo("mpirun", rank, 2, "127.0.0.1", port, False)
+        for port in [free_port()]
+        for rank in range(2)
+    ]
+    refused = threading.Thread(
+        target=fail_before_joining, args=(launches[0], "bad option"), kwargs={"bad_input": True}
+    )
+    refused.start()
+    with pytest.raises(PeerFailure, match="rank 0: bad option") as failure:
+        Group.join(launches[1], timeout_s=30)
+    assert failure.value.bad_input
+    refused.join(30)
+    assert not refused.is_alive()
+
+
+def test_ranks_that_all_cannot_join_do_not_wait_for_each_other() -> None:
+    store = serve_store("127.0.0.1", 0, 3)
+    launches = [LaunchInfo("torchrun", rank, 3, "127.0.0.1", store.port, True) for rank in range(3)]
+    ended = []
+
+    def refuse(launch: LaunchInfo) -> None:
+        fail_before_joining(launch, "bad option", bad_input=True)
+        ended.append(prefixed(store).check([f"1/seen/{rank}" for rank in range(3)]))
+
+    threads = [threading.Thread(target=refuse, args=(launch,)) for launch in launches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert ended == [True, True, True]
 
 
 def test_a_failure_interrupts_a_peer_that_waits_for_nobody() -> None:

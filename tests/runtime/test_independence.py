@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rank_process import Rank
 
 from dwdp.group import serve_store
 
-HERE = Path(__file__).parent
 NUM_RANKS = 3
-
-
-class Rank:
-    def __init__(self, rank: int, port: int, mode: str) -> None:
-        environ = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
-            "DWDP_RANK": str(rank),
-            "DWDP_WORLD_SIZE": str(NUM_RANKS),
-            "DWDP_RENDEZVOUS": f"127.0.0.1:{port}",
-            "DWDP_STORE_IS_SERVED": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "worker.py"), mode],
-            env=environ,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def read(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def ask(self, num_forwards: int) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{num_forwards}\n")
-        self.process.stdin.flush()
-
-    def end(self) -> str:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        last = self.read()
-        self.process.wait(30)
-        return last
 
 
 @pytest.fixture(params=["staged", "direct"])
 def ranks(request: pytest.FixtureRequest) -> Iterator[list[Rank]]:
     store = serve_store("127.0.0.1", 0, NUM_RANKS)
-    started = [Rank(rank, store.port, request.param) for rank in range(NUM_RANKS)]
+    started = [Rank(rank, NUM_RANKS, store.port, request.param) for rank in range(NUM_RANKS)]
     try:
         assert [rank.read() for rank in started] == ["attached"] * NUM_RANKS
         yield started

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ranks import assert_same_bytes, layers_of, load, reference, run_ranks
 
 from dwdp.config import DwdpConfig
+from dwdp.fabric.host import HostFabric
 from dwdp.group import Group, GroupError, PeerFailure
 from dwdp.runtime import DwdpRuntime, RuntimeStats
 from dwdp.weights import ExpertTensorSpec, LayerSpec
@@ -96,6 +97,82 @@ def test_a_fetch_moves_the_remote_experts_and_no_more() -> None:
     for stats in run_ranks(4, lambda group: run_forwards(group, config, layers, num_forwards=5)):
         assert stats.num_fetches == 2 + 5 * 4
         assert stats.fetched_bytes == stats.num_fetches * 6 * 64 * 64 * 4
+
+
+class DeviceLikeFabric(HostFabric):
+    """Host memory under another name, so that mode auto stages and fetches on demand, as on a GPU."""
+
+    name = "device-like"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_steps_on_demand_see_the_activated_experts(data: st.DataObject) -> None:
+    """Steps of many and few tokens in any order, alone and mixed with staged ones."""
+    size = data.draw(st.integers(2, 4), label="ranks")
+    num_experts = data.draw(st.integers(size, 13), label="experts")
+    top_k = data.draw(st.integers(1, min(3, num_experts)), label="top_k")
+    shapes = data.draw(st.sampled_from([[(64, 64)], [(33, 77), (5,)], [(40, 20), (40, 20)]]))
+    layers = layers_of(
+        *shapes, num_layers=data.draw(st.integers(1, 5), label="layers"), num_experts=num_experts
+    )
+    config = DwdpConfig(
+        dwdp_size=size,
+        fetch_mode=data.draw(st.sampled_from(["demand", "auto"]), label="mode"),
+        demand_max_tokens=data.draw(st.integers(0, 6), label="threshold"),
+        num_slots=data.draw(st.integers(2, 3), label="slots"),
+    )
+    steps = data.draw(st.lists(st.integers(1, 8), min_size=1, max_size=6), label="tokens")
+    index_dtype = data.draw(st.sampled_from([torch.int32, torch.int64]), label="index dtype")
+    full = reference(layers)
+
+    def body(group: Group) -> None:
+        choices = torch.Generator().manual_seed(group.rank)
+        with DwdpRuntime(group, config, DeviceLikeFabric()) as runtime:
+            load(runtime.allocate(layers), group.rank, full)
+            runtime.attach()
+            for num_tokens in steps:
+                for index in range(len(layers)):
+                    scores = torch.rand(num_tokens, num_experts, generator=choices)
+                    chosen = scores.topk(top_k).indices.to(index_dtype)
+                    runtime.begin(index, chosen)
+                    for name, tensor in runtime.tensors(index).items():
+                        activated = chosen.unique().long()
+                        assert_same_bytes(tensor[activated], full[index][name][activated])
+                    runtime.end(index)
+            stats = runtime.stats()
+            on_demand = sum(
+                config.fetch_mode == "demand" or tokens <= config.demand_max_tokens
+                for tokens in steps
+            )
+            assert stats.num_demands <= on_demand * len(layers)
+            assert (stats.num_demands > 0) <= (on_demand > 0)
+
+    run_ranks(size, body)
+
+
+def test_demand_moves_the_activated_remote_experts_and_no_more() -> None:
+    layers = layers_of((64, 64), num_layers=3, num_experts=8)
+    expert_bytes = 64 * 64 * 4
+    full = reference(layers)
+    # Rank 0 of 2 holds experts 0 to 3. Ids that are no expert's are what engines pad with.
+    chosen = torch.tensor([[0, 5], [5, 7], [8, -1]])
+
+    def body(group: Group) -> RuntimeStats:
+        with DwdpRuntime(group, DwdpConfig(dwdp_size=2, fetch_mode="demand")) as runtime:
+            load(runtime.allocate(layers), group.rank, full)
+            runtime.attach()
+            for index in range(3):
+                runtime.begin(index, chosen)
+                runtime.end(index)
+            return runtime.stats()
+
+    first, second = run_ranks(2, body)
+    assert (first.num_demands, first.num_fetches) == (3, 0)
+    assert first.fetched_bytes == 3 * 2 * expert_bytes
+    assert second.fetched_bytes == 3 * 1 * expert_bytes
+    # One slot is enough: nothing is fetched ahead.
+    assert first.staging_bytes == 4 * expert_bytes
 
 
 def test_auto_reads_peers_directly_on_one_host() -> None:

@@ -214,8 +214,11 @@ def test_torchrun_starts_the_ranks(without_tokenizer: Path, tmp_path: Path) -> N
     refused = run_command([*launcher, *arguments])
     assert refused.returncode != 0
     assert refused.out == ""
-    assert refused.err.count("dwdp: error: ") == 1
-    assert f"{prompts}:1: the checkpoint has no tokenizer" in refused.err
+    # torchrun ends the other rank as soon as one has ended, so there may be one line or two.
+    errors = [line for line in refused.err.splitlines() if line.startswith("dwdp: error: ")]
+    assert errors
+    for error in errors:
+        assert f"{prompts}:1: the checkpoint has no tokenizer" in error
     assert not report.exists()
 
 
@@ -388,7 +391,9 @@ def test_bad_models_are_refused(refuse: Any, dense: Path, corrupt: Path, tmp_pat
     ("arguments", "what"),
     [
         (("--dwdp-size", "0"), "'--dwdp-size': 0 is not in the range 1<=x<=72"),
-        (("--dwdp-size", "x"), "'--dwdp-size'"),
+        (("--dwdp-size", "abc"), "'--dwdp-size': 'abc' is not a valid integer (see"),
+        (("--dwdp-size", "2.5"), "'--dwdp-size': '2.5' is not a valid integer (see"),
+        (("--temperature", "hot"), "'--temperature': 'hot' is not a valid number (see"),
         (("--dwdp-size", "11"), "11"),
         (("--dwdp-size", "2", "--num-experts-per-worker", "3"), "num_experts_per_worker"),
         (("--dwdp-size", "2", "--num-prefetch-experts", "4"), "num_prefetch_experts"),
@@ -430,15 +435,64 @@ def test_bad_prompts_are_refused_by_line(refuse: Any, tmp_path: Path) -> None:
     assert "either --prompts FILE or --prompt TEXT" in refuse("--prompts", prompts, "--prompt", "x")
 
 
-def test_a_broken_tokenizer_is_refused(
-    refuse: Any, without_tokenizer: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def linked(without_tokenizer: Path, tmp_path: Path) -> Path:
+    """A checkpoint whose files can be replaced."""
     model = tmp_path / "model"
     model.mkdir()
     for file in without_tokenizer.iterdir():
         (model / file.name).symlink_to(file)
-    (model / "tokenizer.json").write_text("{")
-    assert f"the tokenizer in {model} cannot be loaded" in refuse(model=model)
+    return model
+
+
+def test_a_broken_tokenizer_is_refused(refuse: Any, linked: Path) -> None:
+    (linked / "tokenizer.json").write_text("{")
+    assert f"the tokenizer in {linked} cannot be loaded" in refuse(model=linked)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("{", "is not valid JSON: Expecting property name"),
+        ("", "is not valid JSON: Expecting value"),
+        ("[]", "holds a JSON list, not an object"),
+        (
+            '{"cache_implementation": "nope"}',
+            "is not usable: Invalid `cache_implementation` (nope)",
+        ),
+    ],
+)
+def test_a_broken_generation_config_is_refused(
+    refuse: Any, linked: Path, text: str, what: str
+) -> None:
+    path = linked / "generation_config.json"
+    path.unlink()
+    path.write_text(text)
+    assert f"{path} {what}" in refuse(model=linked)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_a_fifo_in_place_of_a_file_does_not_hang(refuse: Any, linked: Path, name: str) -> None:
+    path = linked / name
+    path.unlink()
+    os.mkfifo(path)
+    assert f"{path} is a FIFO, not a file" in refuse(model=linked)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_directory_in_place_of_a_file_is_refused(refuse: Any, linked: Path, name: str) -> None:
+    path = linked / name
+    path.unlink()
+    path.mkdir()
+    assert f"cannot read {path}: Is a directory" in refuse(model=linked)
+
+
+def test_a_checkpoint_without_generation_config_is_not_refused_for_it(
+    refuse: Any, linked: Path, tmp_path: Path
+) -> None:
+    (linked / "generation_config.json").unlink()
+    assert "the checkpoint has no tokenizer" in refuse("--prompt", "x", model=linked)
 
 
 def test_more_memory_than_there_is_is_refused(refuse: Any, monkeypatch: pytest.MonkeyPatch) -> None:

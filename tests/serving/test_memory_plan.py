@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from ranks import run_ranks
 
-from dwdp import memory_plan
+from dwdp.cli.main import describe_error
 from dwdp.config import DwdpConfig
 from dwdp.fabric import create_fabric
 from dwdp.group import Group
-from dwdp.memory_plan import ExpertTensorSize, MemoryPlan, available_memory_bytes, plan_memory
+from dwdp.memory_plan import (
+    ExpertTensorSize,
+    MemoryPlan,
+    NotEnoughMemoryError,
+    check_group_memory,
+    plan_memory,
+)
 from dwdp.runtime import DwdpRuntime
 from dwdp.serving.plan import check_memory
+from dwdp.system_memory import MemoryPool
 from dwdp.weights import ExpertTensorSpec, LayerSpec
 
 PAGE = 4096
@@ -41,7 +50,7 @@ def test_two_ranks_by_hand() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("mode", ["staged", "direct"])
+@pytest.mark.parametrize("mode", ["staged", "demand", "direct"])
 @pytest.mark.parametrize("num_slots", [2, 3])
 @pytest.mark.parametrize("share", [None, 4])
 def test_the_plan_is_what_the_runtime_takes(
@@ -59,7 +68,7 @@ def test_the_plan_is_what_the_runtime_takes(
     )
     granularity = create_fabric("host").granularity
     plan = plan_memory(
-        LAYERS, config, dense_bytes=7, staged=mode == "staged", granularity=granularity
+        LAYERS, config, dense_bytes=7, staged=mode != "direct", granularity=granularity
     )
 
     def taken(group: Group) -> tuple[int, int]:
@@ -99,36 +108,110 @@ def test_too_much_is_refused_with_the_sum() -> None:
         check_memory(plan, 8 * gib + gib // 2)
 
 
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 1000),
-        ({"memory.max": "max", "memory.current": "10", "memory.stat": ""}, 1000),
-        (
-            {
-                "memory.max": "500",
-                "memory.current": "450",
-                "memory.stat": "anon 1\nactive_file 20\ninactive_file 30\nshmem 7\n",
-            },
-            100,
-        ),
-        (
-            {
-                "memory/memory.limit_in_bytes": "300",
-                "memory/memory.usage_in_bytes": "400",
-                "memory/memory.stat": "active_file 1\ntotal_active_file 20\n",
-            },
-            0,
-        ),
-    ],
-    ids=["no groups", "no limit", "version 2", "version 1"],
-)
-def test_the_control_group_limits_what_is_available(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], expected: int
+SPECS = [
+    LayerSpec(f"layer {index}", (ExpertTensorSpec("w", 4, (PAGE,), torch.uint8),))
+    for index in range(4)
+]
+
+
+def pools_by_rank(
+    monkeypatch: pytest.MonkeyPatch, pools: Callable[[int], list[MemoryPool]]
 ) -> None:
-    (tmp_path / "memory").mkdir()
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory_plan, "_CGROUP", tmp_path)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    assert available_memory_bytes() == expected
+    """Ranks are threads here: each is given its own view of the machine by the name of its thread."""
+    monkeypatch.setattr(
+        "dwdp.memory_plan.memory_pools", lambda: pools(int(threading.current_thread().name))
+    )
+
+
+def allocate(mode: str) -> Callable[[Group], str]:
+    """What the runtime's refusal says, or "" if there is none. Checks that a refusal takes no memory."""
+
+    def body(group: Group) -> str:
+        threading.current_thread().name = str(group.rank)
+        before = len(os.listdir("/proc/self/fd"))
+        group.barrier("counted")
+        config = DwdpConfig.model_validate({"dwdp_size": group.size, "fetch_mode": mode})
+        with DwdpRuntime(group, config) as runtime:
+            try:
+                runtime.allocate(SPECS)
+            except NotEnoughMemoryError as error:
+                group.barrier("refused")
+                assert runtime.stats().resident_expert_bytes == 0
+                assert len(os.listdir("/proc/self/fd")) == before
+                return str(error)
+            group.barrier("allocated")
+        return ""
+
+    return body
+
+
+@pytest.mark.parametrize(
+    ("mode", "needed"), [("direct", 2 * 8 * PAGE), ("staged", 2 * 8 * PAGE + 2 * 4 * PAGE)]
+)
+def test_the_runtime_compares_what_the_whole_group_needs(
+    monkeypatch: pytest.MonkeyPatch, mode: str, needed: int
+) -> None:
+    pools_by_rank(monkeypatch, lambda rank: [MemoryPool("machine", "on this machine", needed)])
+    assert run_ranks(2, allocate(mode)) == ["", ""]
+    # One rank sees less than the others, and all of them refuse.
+    pools_by_rank(
+        monkeypatch, lambda rank: [MemoryPool("machine", "on this machine", needed - rank)]
+    )
+    messages = run_ranks(2, allocate(mode))
+    assert len(set(messages)) == 1
+    assert messages[0].startswith("2 rank(s) need 0.00 GiB: 0.00 GiB of resident experts")
+    assert "0.00 GiB are available on this machine. Lower num_experts_per_worker" in messages[0]
+
+
+def test_ranks_in_groups_of_their_own_are_compared_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = MemoryPool("machine", "on this machine", 1 << 30)
+    pools_by_rank(
+        monkeypatch, lambda rank: [machine, MemoryPool(f"8:{rank}", "in its group", 8 * PAGE)]
+    )
+    assert run_ranks(2, allocate("direct")) == ["", ""]
+    pools_by_rank(
+        monkeypatch,
+        lambda rank: [machine, MemoryPool(f"8:{rank}", f"in group {rank}", 8 * PAGE - rank)],
+    )
+    messages = run_ranks(2, allocate("direct"))
+    assert messages[0] == messages[1] and messages[0].startswith("1 rank(s) need")
+    assert "are available in group 1" in messages[0]
+
+
+def test_a_rank_that_rejoins_is_compared_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = MemoryPlan((0, 0), (8 * PAGE, 4 * PAGE), (0, 0))
+
+    def rejoin(available_bytes: int) -> None:
+        monkeypatch.setattr(
+            "dwdp.memory_plan.memory_pools",
+            lambda: [MemoryPool("machine", "on this machine", available_bytes)],
+        )
+        group = Group.single()
+        group.rank, group.incarnation = 1, 1
+        check_group_memory(group, plan)
+
+    rejoin(4 * PAGE)
+    with pytest.raises(NotEnoughMemoryError, match=r"1 rank\(s\) need"):
+        rejoin(4 * PAGE - 1)
+
+
+def test_a_refusal_names_gibibytes() -> None:
+    gib = 1 << 30
+    plan = MemoryPlan((gib << 20,), (3 * gib << 20,), (2 * gib << 20,))
+    with pytest.raises(
+        NotEnoughMemoryError,
+        match=r"1 rank\(s\) need 6291456.00 GiB: 1048576.00 GiB of dense weights, 3145728.00 GiB of "
+        r"resident experts and 2097152.00 GiB of staging slots; \d+\.\d\d GiB are available on this",
+    ):
+        check_group_memory(Group.single(), plan)
+
+
+def test_more_than_the_machine_has_is_bad_input_and_a_lack_of_memory() -> None:
+    huge = LayerSpec("huge", (ExpertTensorSpec("w", 4, (1 << 50,), torch.uint8),))
+    with DwdpRuntime(Group.single(), DwdpConfig()) as runtime:
+        with pytest.raises(NotEnoughMemoryError) as refusal:
+            runtime.allocate([huge])
+    assert isinstance(refusal.value, ValueError) and isinstance(refusal.value, MemoryError)
+    assert describe_error(refusal.value) == (str(refusal.value), 2)

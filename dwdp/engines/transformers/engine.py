@@ -6,6 +6,8 @@ In staged mode its forward is bracketed by ``begin`` and ``end`` of the runtime.
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ from transformers import PreTrainedModel
 from dwdp.config import DwdpConfig
 from dwdp.engines.transformers.experts import ExpertLayer, ExpertTensor, find_expert_layers
 from dwdp.engines.transformers.loading import LoadReport, load_sharded
+from dwdp.fabric import FabricError, create_fabric
+from dwdp.fabric.cuda_devices import list_devices
 from dwdp.group import Group
 from dwdp.runtime import DwdpRuntime
 from dwdp.weights import ExpertTensorSpec, ExpertWeights, LayerSpec
@@ -60,7 +64,12 @@ class Attachment:
 
 
 def load(
-    model_dir: str | PathLike[str], group: Group, config: DwdpConfig, *, dtype: str = "auto"
+    model_dir: str | PathLike[str],
+    group: Group,
+    config: DwdpConfig,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
 ) -> Attachment:
     """Load a checkpoint's dense weights and this rank's experts, and attach. Every rank calls it.
 
@@ -69,16 +78,20 @@ def load(
         group: the ranks that share the experts.
         config: the same on every rank.
         dtype: ``"auto"`` (the checkpoint's), ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        device: ``"cpu"``; ``"cuda"`` for one GPU per rank of a host, in turn (several ranks share one
+            where there are fewer); or one device, such as ``"cuda:1"``.
 
     Raises:
         CheckpointError, UnsupportedModelError: the checkpoint cannot be loaded or shared out.
         ValueError: the experts cannot be placed on the group.
         GroupError, FabricError: the group's memory cannot be set up.
     """
-    with _attaching(group, config) as runtime:
+    compute = _device(device, group)
+    with _attaching(group, config, compute) as runtime:
         model, layers, report = load_sharded(
             model_dir, dtype, lambda layers: _LoadTarget(runtime, layers)
         )
+        _move_dense(model, compute)
     attachment = Attachment(model, runtime, report)
     for index, layer in enumerate(layers):
         attachment._undo.append(_install(runtime, index, layer, restore_copies=False))
@@ -88,14 +101,15 @@ def load(
 def attach(model: PreTrainedModel, group: Group, config: DwdpConfig) -> Attachment:
     """Share out the experts of a model that is loaded already. Every rank calls it.
 
-    The model's own expert parameters are released when it is attached, not before, so that a failure
-    leaves it as it was. :func:`load` never holds more than this rank's share.
+    It stays on its device, the CPU or one GPU. Its own expert parameters are released when it is
+    attached, not before, so that a failure leaves it as it was. :func:`load` never holds more than this
+    rank's share.
 
     Raises:
         UnsupportedModelError: the model has no experts that can be shared out; the text says why.
         ValueError, GroupError, FabricError: as :func:`load`.
     """
-    with _attaching(group, config) as runtime:
+    with _attaching(group, config, model.device) as runtime:
         layers = find_expert_layers(model)
         weights = runtime.allocate(layer_specs(layers))
         for index, layer in enumerate(layers):
@@ -107,16 +121,49 @@ def attach(model: PreTrainedModel, group: Group, config: DwdpConfig) -> Attachme
 
 
 @contextmanager
-def _attaching(group: Group, config: DwdpConfig) -> Iterator[DwdpRuntime]:
+def _attaching(group: Group, config: DwdpConfig, device: torch.device) -> Iterator[DwdpRuntime]:
     """A runtime to load into; attached when the body ends, given up when anything goes wrong."""
     with group.setting_up():
-        runtime = DwdpRuntime(group, config)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            fabric = create_fabric("cuda", ordinal=device.index, across_hosts=not group.is_one_host)
+        else:
+            fabric = create_fabric("host")
+        runtime = DwdpRuntime(group, config, fabric)
         try:
             yield runtime
             runtime.attach()
         except BaseException:
             runtime.detach()
             raise
+
+
+def _device(name: str, group: Group) -> torch.device:
+    """The device that ``name`` means on this rank.
+
+    Raises:
+        ValueError: it is neither the CPU nor a GPU.
+        FabricError: there is no GPU.
+    """
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name) is None:
+        raise ValueError(f'device is {name!r}: use "cpu", "cuda" or "cuda:N"')
+    if name != "cuda":
+        return torch.device(name)
+    num_devices = len(list_devices())
+    if num_devices == 0:
+        raise FabricError("there is no GPU that this process may use; check CUDA_VISIBLE_DEVICES")
+    return torch.device("cuda", group.local_rank % num_devices)
+
+
+def _move_dense(model: PreTrainedModel, device: torch.device) -> None:
+    """Move all weights and buffers but the experts, which are on the meta device; tied ones stay tied."""
+    for parameter in model.parameters():
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def layer_specs(layers: Sequence[ExpertLayer]) -> list[LayerSpec]:
@@ -128,6 +175,8 @@ def layer_specs(layers: Sequence[ExpertLayer]) -> list[LayerSpec]:
                 ExpertTensorSpec(tensor.name, tensor.num_experts, tensor.expert_shape, tensor.dtype)
                 for tensor in layer.tensors
             ),
+            top_k=layer.top_k,
+            hidden_size=layer.hidden_size,
         )
         for layer in layers
     ]
@@ -187,6 +236,8 @@ def _bracket_forward(module: nn.Module, runtime: DwdpRuntime, index: int) -> Cal
     """Put ``begin`` and ``end`` around the module's forward; returns what undoes it."""
     forward = module.forward
     previous = module.__dict__.get("forward")
+    # Every expert module is called with hidden states first and the router's choice second.
+    choice_name = list(inspect.signature(forward).parameters)[1]
 
     def staged_forward(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(_needs_grad(value) for value in args):
@@ -194,7 +245,7 @@ def _bracket_forward(module: nn.Module, runtime: DwdpRuntime, index: int) -> Cal
                 "staged experts are for inference: their slot is refilled before a backward pass would "
                 "read it. Run the model under torch.inference_mode(), or use fetch_mode='direct'"
             )
-        runtime.begin(index)
+        runtime.begin(index, args[1] if len(args) > 1 else kwargs.get(choice_name))
         try:
             return forward(*args, **kwargs)
         finally:

@@ -12,7 +12,7 @@ from dwdp.engines.transformers.contract import loading_dtype
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # What Transformers' use_experts_implementation sets on every instance of a class it decorates.
 _INTERFACE_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
@@ -57,12 +57,18 @@ class ExpertTensor:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The experts of one MoE layer: a module that uses Transformers' experts interface."""
+    """The experts of one MoE layer: a module that uses Transformers' experts interface.
+
+    Attributes:
+        top_k, hidden_size: experts per token, and the model's width, if its config names them as usual.
+    """
 
     path: str
     module: nn.Module
     num_experts: int
     tensors: tuple[ExpertTensor, ...]
+    top_k: int | None = None
+    hidden_size: int | None = None
 
     @property
     def expert_bytes(self) -> int:
@@ -99,7 +105,7 @@ def find_expert_layers(
         layer
         for path, module in model.named_modules()
         if _uses_interface(module)
-        and (layer := _expert_layer(path, module, dtype_plan or {})).tensors
+        and (layer := _expert_layer(path, module, config, dtype_plan or {})).tensors
     ]
     elsewhere = _find_other_experts(model, any_name=not layers)
     if elsewhere is not None:
@@ -152,7 +158,7 @@ def _uses_interface(module: nn.Module) -> bool:
 
 
 def _expert_layer(
-    path: str, module: nn.Module, dtype_plan: Mapping[str, torch.dtype]
+    path: str, module: nn.Module, config: PreTrainedConfig, dtype_plan: Mapping[str, torch.dtype]
 ) -> ExpertLayer:
     num_experts = int(module.num_experts)  # type: ignore[arg-type]
     tensors = tuple(
@@ -166,7 +172,19 @@ def _expert_layer(
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim > 0 and parameter.shape[0] == num_experts and parameter.numel() > 0
     )
-    return ExpertLayer(path, module, num_experts, tensors)
+    return ExpertLayer(
+        path,
+        module,
+        num_experts,
+        tensors,
+        top_k=_whole_number(config, "num_experts_per_tok"),
+        hidden_size=_whole_number(config, "hidden_size"),
+    )
+
+
+def _whole_number(config: PreTrainedConfig, name: str) -> int | None:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else None
 
 
 def _find_other_experts(model: nn.Module, *, any_name: bool) -> tuple[str, str] | None:

@@ -27,6 +27,7 @@ from dwdp.engines.transformers.checkpoint_plan import (
 from dwdp.engines.transformers.contract import loading_dtype
 from dwdp.engines.transformers.experts import ExpertLayer, ExpertTensor, find_expert_layers
 from dwdp.engines.transformers.interception import from_pretrained
+from dwdp.system_memory import peak_rss_bytes, restart_peak_rss, rss_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -149,7 +150,8 @@ def load_sharded(
         ValueError: ``dtype`` is not one of those.
     """
     begin = time.perf_counter()
-    rss_before = _restart_peak_rss()
+    restart_peak_rss()
+    rss_before = rss_bytes()
     layers: list[ExpertLayer] = []
     resident_bytes = read_bytes = 0
 
@@ -183,7 +185,7 @@ def load_sharded(
         read_bytes=read_bytes,
         seconds=time.perf_counter() - begin,
         rss_before_bytes=rss_before,
-        peak_rss_bytes=_status_bytes("VmHWM"),
+        peak_rss_bytes=peak_rss_bytes(),
     )
     return model, layers, report
 
@@ -227,18 +229,3 @@ def _dense_bytes(model: PreTrainedModel, layers: Sequence[ExpertLayer], dtype_pl
         for name, tensor in tensors
         if name not in skipped
     )
-
-
-def _restart_peak_rss() -> int:
-    """Set the process's peak resident memory back to the present value, which is returned, in bytes."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    return 0

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP protocol: requests, responses, errors and event streams. No engine, no server."""

@@ -1,0 +1,1 @@
+"""One rank as a server of OpenAI's protocol, over the engine ``transformers``."""

@@ -1,0 +1,307 @@
+"""Transformers' continuous batching as a backend: its scheduler, its paged cache, its generation thread.
+
+Its loop decides what runs when: running sequences get a token at every forward, and what is left of
+``max_batch_tokens`` goes to waiting prompts, long ones in pieces.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
+from transformers.generation.continuous_batching.cb_logits_processors import (
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
+
+from dwdp.serving.openai.responses import FinishReason
+from dwdp.serving.rank_server.backend import (
+    NO_END_TOKEN,
+    Backend,
+    Deliver,
+    SequenceRequest,
+    Step,
+    UnsupportedModel,
+    greedy_config,
+)
+from dwdp.serving.rank_server.options import RankOptions
+from dwdp.serving.rank_server.sampling import SamplingParams, TokenLogprobs, choose
+from dwdp.serving.rank_server.trial import Trial
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_BLOCK_TOKENS = 32
+_SPARE_BLOCKS = 2
+"""The scheduler asks for up to this many blocks more than a sequence's tokens fill."""
+
+DEFAULT_KV_CACHE_TOKENS = 32_768
+_POLL_S = 0.2
+_STOP_S = 10.0
+
+
+class ContinuousBackend(Backend):
+    """Runs ``model`` by ``model.init_continuous_batching``.
+
+    Args:
+        model: is switched to paged attention until :meth:`stop`.
+        max_sequence_length: tokens of a prompt and its answer together.
+
+    Raises:
+        UnsupportedModel: the model's attention, its generation config or this Transformers does not allow it.
+        ValueError: the cache is too small for one sequence, or larger than the memory.
+    """
+
+    name = "continuous"
+
+    def __init__(
+        self, model: PreTrainedModel, options: RankOptions, max_sequence_length: int
+    ) -> None:
+        self.max_sequence_length = max_sequence_length
+        self.max_running = min(options.max_running, options.max_batch_tokens)
+        self.kv_cache_tokens = _cache_tokens(options, self.max_running, max_sequence_length)
+        self._sampler = _BatchSampler()
+        self._delivered: dict[str, int] = {}
+        self._requests: dict[str, SequenceRequest] = {}
+        self._lock = threading.Lock()
+        self._is_stopping = False
+        self._reader: threading.Thread | None = None
+        self._model = model
+        self._attention: str = model.config._attn_implementation
+        self._manager: Any = None
+        trial = Trial.of(model, max_sequence_length)
+        try:
+            self._manager = self._make_manager(options)
+            self.kv_cache_bytes = self._allocate_cache()
+            self._manager.start()
+            self._run(trial)
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, MemoryError):
+                raise ValueError(
+                    f"a key-value cache of {self.kv_cache_tokens} tokens does not fit into memory: choose "
+                    f"a smaller kv_cache_tokens ({error})"
+                ) from error
+            if isinstance(error, UnsupportedModel) or not isinstance(error, Exception):
+                raise
+            raise UnsupportedModel(f"{type(error).__name__}: {error}") from error
+
+    def start(self, deliver: Deliver, on_failure: Callable[[str], None]) -> None:
+        self._reader = threading.Thread(
+            target=self._read, args=(deliver, on_failure), name="dwdp-tokens", daemon=True
+        )
+        self._reader.start()
+
+    def add(self, request: SequenceRequest) -> None:
+        with self._lock:
+            self._requests[request.id] = request
+            self._delivered[request.id] = 0
+        accepted = self._manager.add_request(
+            list(request.prompt),
+            request_id=request.id,
+            max_new_tokens=request.max_new_tokens,
+            streaming=True,
+            eos_token_id=sorted(request.end_tokens) or NO_END_TOKEN,
+            sampling=request.sampling,
+        )
+        if accepted is None:
+            logger.info("a sequence came too late: the generation loop is ending")
+
+    def cancel(self, sequence_id: str) -> None:
+        with self._lock:
+            if self._requests.pop(sequence_id, None) is None:
+                return
+            del self._delivered[sequence_id]
+        self._manager.cancel_request(sequence_id)
+
+    def num_running(self) -> int:
+        processor = self._manager.batch_processor
+        return len(processor.scheduler.active_requests) if processor is not None else 0
+
+    def stop(self) -> None:
+        if self._is_stopping:
+            return
+        self._is_stopping = True
+        if self._manager is not None:
+            if self._manager.is_running():
+                self._manager.stop(block=True, timeout=_STOP_S, hard_stop=True)
+            self._manager.destroy()
+        if self._reader is not None:
+            self._reader.join(_STOP_S)
+        # The manager forgets to if its thread has failed, or was never started.
+        self._model.set_attn_implementation(self._attention)
+
+    def _make_manager(self, options: RankOptions) -> Any:
+        model: Any = self._model
+        num_groups = len(group_layers_by_attn_type(model.config.get_text_config())[0])
+        config = ContinuousBatchingConfig(
+            block_size=_BLOCK_TOKENS,
+            num_blocks=num_groups * -(-self.kv_cache_tokens // _BLOCK_TOKENS),
+            max_batch_tokens=options.max_batch_tokens,
+            max_requests_per_batch=self.max_running,
+            # Fetches wait inside the forward, and the sampler runs on the host: neither can be captured in a
+            # graph, nor run one step behind.
+            use_async_batching=False,
+            use_cuda_graph=False,
+            drop_unsupported_processors=False,
+        )
+        with warnings.catch_warnings():
+            # About penalties; that they are refused is said below.
+            warnings.simplefilter("ignore")
+            manager = model.init_continuous_batching(
+                generation_config=greedy_config(model), continuous_batching_config=config
+            )
+        own = [type(one).__name__ for one in manager.logit_processor.logits_processor]
+        if own:
+            raise UnsupportedModel(
+                f"the checkpoint's generation config needs {', '.join(own)}, which looks at whole sequences"
+            )
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList())
+        processors.logits_processor.append(self._sampler)
+        processors.supported_keys = dict(self._sampler.supported_kwargs)
+        processors.tensors_required = 1
+        processors.do_processing = True
+        manager.logit_processor = processors
+        return manager
+
+    def _allocate_cache(self) -> int:
+        """Take the cache's memory now, all of it, rather than page by page while requests come in."""
+        processor = self._manager._create_batch_processor()
+        self._manager.batch_processor = processor
+        tensors = (*processor.cache.key_cache, *processor.cache.value_cache)
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        available_bytes = psutil.virtual_memory().available
+        if tensors[0].device.type == "cpu" and num_bytes > available_bytes:
+            raise MemoryError(f"it takes {num_bytes} bytes, and {available_bytes} are available")
+        for tensor in tensors:
+            tensor.zero_()
+        return num_bytes
+
+    def _run(self, trial: Trial) -> None:
+        """Generate ``trial``'s tokens, and compare.
+
+        Raises:
+            UnsupportedModel: the model cannot be run like this, or computes something else.
+        """
+        self.add(trial.request)
+        logprobs: list[float] = []
+        token_ids: list[int] = []
+        while len(token_ids) < trial.request.max_new_tokens:
+            output = self._manager.get_result(timeout=_POLL_S)
+            step = self._step(output) if output is not None else None
+            if step is not None:
+                token_ids += step.token_ids
+                logprobs += [one.chosen for one in step.logprobs]
+            elif not self._manager.is_running():
+                error = self._manager.background_thread_status.fatal_error
+                raise UnsupportedModel(f"{type(error).__name__}: {error}")
+        trial.check(token_ids, logprobs)
+
+    def _read(self, deliver: Deliver, on_failure: Callable[[str], None]) -> None:
+        while True:
+            output = self._manager.get_result(timeout=_POLL_S)
+            steps = []
+            while output is not None:
+                step = self._step(output)
+                if step is not None:
+                    steps.append(step)
+                output = self._manager.get_result(timeout=0)
+            if steps:
+                deliver(steps)
+            elif not self._manager.is_running():
+                if not self._is_stopping:
+                    error = self._manager.background_thread_status.fatal_error
+                    on_failure(f"{type(error).__name__}: {error}")
+                return
+
+    def _step(self, output: Any) -> Step | None:
+        """What is new in ``output``, which has all tokens so far. None if its sequence was cancelled."""
+        with self._lock:
+            request = self._requests.get(output.request_id)
+            if request is None:
+                self._sampler.forget(output.request_id)
+                return None
+            begin = self._delivered[output.request_id]
+            token_ids = tuple(output.generated_tokens[begin:])
+            end = begin + len(token_ids)
+            self._delivered[output.request_id] = end
+            if output.is_finished():
+                del self._requests[output.request_id], self._delivered[output.request_id]
+        if output.error is not None:
+            self._sampler.forget(output.request_id)
+            if self._manager.background_thread_status.local_status:
+                return None  # the loop ends, and with it every sequence: on_failure says so
+            return Step(output.request_id, error=output.error)
+        logprobs: tuple[TokenLogprobs, ...] = ()
+        if request.sampling.num_logprobs is not None:
+            first = len(request.prompt) + begin
+            logprobs = self._sampler.take(output.request_id, range(first, first + len(token_ids)))
+        finish_reason: FinishReason | None = None
+        if output.is_finished():
+            finish_reason = "stop" if token_ids[-1] in request.end_tokens else "length"
+            self._sampler.forget(output.request_id)
+        return Step(output.request_id, token_ids, logprobs, finish_reason)
+
+
+class _BatchSampler(ContinuousBatchingLogitsProcessor):
+    """The sampler as continuous batching's only logits processor; the loop itself takes the argmax."""
+
+    def __init__(self) -> None:
+        self.supported_kwargs = {"sampling": SamplingParams}
+        self.ignored_kwargs = ()
+        self._ids: list[str] = []
+        self._params: list[SamplingParams] = []
+        self._positions: list[int] = []
+        self._lock = threading.Lock()
+        self._logprobs: dict[str, dict[int, TokenLogprobs]] = {}
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()
+
+    def prepare_tensor_args(self, requests_with_new_token: list[Any]) -> torch.Tensor:
+        """Called before each forward with the sequences that get a token, as the rows of the scores are."""
+        states = [future.state for future in requests_with_new_token]
+        self._ids = [state.request_id for state in states]
+        self._params = [state.logit_processor_kwargs["sampling"] for state in states]
+        # A sequence that was evicted counts its earlier tokens among the initial ones: the sum stays right.
+        self._positions = [len(state.initial_tokens) + state.generated_len() for state in states]
+        return torch.zeros(len(states), dtype=torch.int32)
+
+    def __call__(self, scores: Any, tensor_arg: torch.Tensor) -> Any:
+        chosen, logprobs = choose(scores, self._params, self._positions)
+        for sequence_id, position, one in zip(self._ids, self._positions, logprobs, strict=True):
+            if one is not None:
+                with self._lock:
+                    self._logprobs.setdefault(sequence_id, {})[position] = one
+        return chosen
+
+    def take(self, sequence_id: str, positions: range) -> tuple[TokenLogprobs, ...]:
+        with self._lock:
+            kept = self._logprobs[sequence_id]
+            return tuple(kept.pop(position) for position in positions)
+
+    def forget(self, sequence_id: str) -> None:
+        with self._lock:
+            self._logprobs.pop(sequence_id, None)
+
+
+def _cache_tokens(options: RankOptions, max_running: int, max_sequence_length: int) -> int:
+    one = max_sequence_length + _SPARE_BLOCKS * _BLOCK_TOKENS
+    if options.kv_cache_tokens is None:
+        return max(one, min(DEFAULT_KV_CACHE_TOKENS, max_running * one))
+    if options.kv_cache_tokens < one:
+        raise ValueError(
+            f"kv_cache_tokens is {options.kv_cache_tokens}, but one sequence of {max_sequence_length} tokens "
+            f"needs {one}: raise it, or lower max_sequence_length"
+        )
+    return options.kv_cache_tokens

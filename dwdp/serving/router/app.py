@@ -1,0 +1,312 @@
+"""The router's paths."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from dwdp.serving.openai.errors import (
+    ApiError,
+    internal,
+    method_not_allowed,
+    model_not_found,
+    not_found,
+)
+from dwdp.serving.openai.requests import ChatCompletionRequest, CompletionRequest, parse
+from dwdp.serving.openai.responses import Model, ModelList
+from dwdp.serving.page.assets import page_response
+from dwdp.serving.router.balancer import Balancer, Deadline
+from dwdp.serving.router.body import BodyReader, ClientGone, Receive
+from dwdp.serving.router.cost import estimate_cost
+from dwdp.serving.router.forwarder import Forwarder, Job, Send
+from dwdp.serving.router.keys import ApiKeys
+from dwdp.serving.router.metrics import CONTENT_TYPE, RouterMetrics
+from dwdp.serving.router.openapi import openapi_document
+from dwdp.serving.router.settings import RouterSettings
+from dwdp.serving.router.snapshot import health, snapshot
+from dwdp.serving.supervisor.ranks import RankState, RankTable
+
+log = logging.getLogger(__name__)
+
+PAGE_INTERVAL_S = 1.0
+MAX_WATCHERS = 64
+"""Pages that are kept up to date at the same time."""
+
+_CLIENT_GONE_STATUS = 499
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready"})
+_CLOSING_STATUSES = frozenset({408, 413})
+
+Scope = dict[str, Any]
+ParseBody = Callable[[bytes], CompletionRequest | ChatCompletionRequest]
+
+
+class Router:
+    """The ASGI application.
+
+    Args:
+        table: the ranks, kept up to date by the supervisor.
+        model: what requests call the model.
+    """
+
+    def __init__(
+        self, table: RankTable, model: str, settings: RouterSettings, keys: ApiKeys
+    ) -> None:
+        self.balancer = Balancer(table, max_queued=settings.max_queued)
+        self.metrics = RouterMetrics(table, self.balancer)
+        self._table = table
+        self._model = Model(id=model, created=int(time.time()))
+        self._settings = settings
+        self._keys = keys
+        self._forwarder = Forwarder(self.balancer, self.metrics, max_attempts=settings.max_attempts)
+        self._bodies = BodyReader(
+            settings.max_body_bytes, settings.max_buffered_bytes, settings.body_timeout_s
+        )
+        self._openapi = openapi_document(model, needs_key=keys.is_required)
+        self._num_watchers = 0
+        self._ended = asyncio.Event()
+        self._app = Starlette(
+            routes=[
+                Route("/", self._page),
+                Route("/page/events", self._page_events),
+                Route("/health", self._health),
+                Route("/health/live", self._live),
+                Route("/health/ready", self._ready),
+                Route("/metrics", self._metrics),
+                Route("/openapi.json", self._document),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{model:path}", self._one_model),
+                Route(
+                    "/v1/completions",
+                    _Generation(self, partial(parse, CompletionRequest)),
+                    methods=["POST"],
+                ),
+                Route(
+                    "/v1/chat/completions",
+                    _Generation(self, partial(parse, ChatCompletionRequest)),
+                    methods=["POST"],
+                ),
+            ],
+            exception_handlers={
+                ApiError: _describe_api_error,
+                HTTPException: _describe_http_error,
+                Exception: _describe_failure,
+            },
+        )
+        self._app.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["path"] not in _OPEN_PATHS:
+                self._keys.check(_headers(scope).get(b"authorization"))
+            await self._app(scope, receive, send)  # type: ignore[arg-type]
+        except ApiError as error:
+            await send_error(error, send)
+        except Exception:
+            log.exception("a request to %s failed", scope["path"])
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would find a rank now."""
+        return self.balancer.is_open and any(
+            rank.state is RankState.READY for rank in self._table.ranks
+        )
+
+    def end_pages(self) -> None:
+        """End the pages' streams, which never end by themselves."""
+        self._ended.set()
+
+    async def generate(
+        self,
+        parse_body: ParseBody,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        """Answer one request for text."""
+        arrived_s = time.monotonic()
+        path, status = scope["path"], 500
+        try:
+            headers = _headers(scope)
+            async with self._bodies.read(headers, receive) as body:
+                job = self._job(parse_body, path, headers, body)
+                work = asyncio.ensure_future(self._forwarder.answer(job, send))
+                status = await _unless_gone(work, receive)
+        except ApiError as error:
+            status = error.status
+            raise
+        except ClientGone:
+            status = _CLIENT_GONE_STATUS
+            raise
+        finally:
+            self.metrics.requests.labels(path, status).inc()
+            self.metrics.duration_s.observe(time.monotonic() - arrived_s)
+
+    def _job(
+        self,
+        parse_body: ParseBody,
+        path: str,
+        headers: dict[bytes, bytes],
+        body: bytes,
+    ) -> Job:
+        request = parse_body(body)
+        if request.model != self._model.id:
+            raise model_not_found(request.model, self._model.id)
+        return Job(
+            path=path,
+            body=body,
+            headers={"Content-Type": "application/json", "X-Request-Id": _request_id(headers)},
+            cost=estimate_cost(request),
+            deadline=Deadline.after(self._settings.request_timeout_s),
+        )
+
+    async def _page(self, request: Request) -> Response:
+        return page_response()
+
+    async def _page_events(self, request: Request) -> Response:
+        if self._num_watchers >= MAX_WATCHERS:
+            raise ApiError(429, f"{MAX_WATCHERS} pages are open already", retry_after_s=30.0)
+        return StreamingResponse(self._snapshots(), media_type="text/event-stream")
+
+    async def _snapshots(self) -> AsyncIterator[bytes]:
+        self._num_watchers += 1
+        try:
+            while not self._ended.is_set():
+                document = snapshot(self._table, self.balancer, self._model.id)
+                yield b"data: " + json.dumps(document).encode() + b"\n\n"
+                ended = asyncio.ensure_future(self._ended.wait())
+                await asyncio.wait({ended}, timeout=PAGE_INTERVAL_S)
+                ended.cancel()
+        finally:
+            self._num_watchers -= 1
+
+    async def _health(self, request: Request) -> Response:
+        is_ready = self.is_ready
+        return JSONResponse(
+            health(self._table, is_ready=is_ready), status_code=200 if is_ready else 503
+        )
+
+    async def _live(self, request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def _ready(self, request: Request) -> Response:
+        if self.is_ready:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "unavailable"}, status_code=503)
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    async def _document(self, request: Request) -> Response:
+        return JSONResponse(self._openapi)
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse(ModelList(data=(self._model,)).model_dump())
+
+    async def _one_model(self, request: Request) -> Response:
+        name = request.path_params["model"]
+        if name != self._model.id:
+            raise model_not_found(name, self._model.id)
+        return JSONResponse(self._model.model_dump())
+
+
+class _Generation:
+    """A path that answers with text, as an ASGI application."""
+
+    def __init__(self, router: Router, parse_body: ParseBody) -> None:
+        self._router = router
+        self._parse_body = parse_body
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._router.generate(self._parse_body, scope, receive, send)
+        except ApiError as error:
+            await send_error(error, send)
+        except ClientGone:
+            return
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """``error`` as a whole response."""
+    body = json.dumps(error.body()).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *((name.lower().encode(), value.encode()) for name, value in error.headers().items()),
+    ]
+    if error.status in _CLOSING_STATUSES:
+        headers.append((b"connection", b"close"))
+    start = {"type": "http.response.start", "status": error.status, "headers": headers}
+    await send(start)
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _describe_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers())
+
+
+async def _describe_failure(request: Request, error: Exception) -> Response:
+    return await _describe_api_error(request, internal())
+
+
+async def _describe_http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own errors (no such path, no such method) in OpenAI's shape."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 404:
+        described = not_found(path)
+    elif error.status_code == 405:
+        described = method_not_allowed(request.method, path)
+    else:
+        described = ApiError(error.status_code, error.detail)
+    response = await _describe_api_error(request, described)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _unless_gone(work: asyncio.Task[int], receive: Receive) -> int:
+    """The result of ``work``, which is cancelled when the client goes away.
+
+    Raises:
+        ClientGone: it has.
+    """
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientGone
+        return work.result()
+    finally:
+        gone.cancel()
+        if not work.done():
+            work.cancel()
+            await asyncio.wait({work})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _headers(scope: Scope) -> dict[bytes, bytes]:
+    return dict(scope["headers"])
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    """The client's own id if it is a fit one, so that logs can be joined."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)

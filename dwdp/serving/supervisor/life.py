@@ -1,0 +1,120 @@
+"""One rank process from its start to its end, and how it does meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+from dwdp.serving.supervisor.link import LINK_ERRORS, RankLink
+from dwdp.serving.supervisor.process import RankProcess
+from dwdp.serving.supervisor.ranks import Rank, RankState, RankTable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How closely ranks are watched.
+
+    Attributes:
+        starting_poll_s, poll_s: seconds between looks at a rank that starts, and at one that runs.
+        timeout_s: a rank that takes longer to answer is unresponsive, and gets no new requests.
+        hang_s: a rank that has been unresponsive for so long is killed and started again.
+    """
+
+    starting_poll_s: float = 0.1
+    poll_s: float = 1.0
+    timeout_s: float = 10.0
+    hang_s: float = 300.0
+
+
+@dataclass(frozen=True)
+class LifeEnd:
+    """How a process ended.
+
+    Attributes:
+        code: exit code, or minus the number of the signal that killed it.
+        reason: the same in words, or the process's own error message.
+        ready_s: seconds since it first was ready; None if it never was.
+    """
+
+    code: int
+    reason: str
+    ready_s: float | None
+
+
+class RankLife:
+    """Watches ``process``, which is ``rank``'s, through ``link``, and keeps ``table`` up to date."""
+
+    def __init__(
+        self, rank: Rank, table: RankTable, process: RankProcess, link: RankLink, watch: Watch
+    ) -> None:
+        self.process = process
+        self._rank = rank
+        self._table = table
+        self._link = link
+        self._watch = watch
+        self._ready_at_s: float | None = None
+        self._answered_s = 0.0
+
+    async def run(self) -> LifeEnd:
+        """Watch until the process ends."""
+        watcher = asyncio.ensure_future(self._look_after())
+        try:
+            code = await self.process.ended()
+        finally:
+            watcher.cancel()
+        ready_s = None if self._ready_at_s is None else time.monotonic() - self._ready_at_s
+        return LifeEnd(code, self.process.describe_end(code), ready_s)
+
+    async def _look_after(self) -> None:
+        while not await self._is_set_up():
+            await asyncio.sleep(self._watch.starting_poll_s)
+        await self._read_stats()  # the router goes by the limits in them
+        self._ready_at_s = self._answered_s = time.monotonic()
+        self._table.set_state(self._rank, RankState.READY)
+        while True:
+            try:
+                await self._look()
+            except LINK_ERRORS:
+                self._note_silence()
+            await asyncio.sleep(self._watch.poll_s)
+
+    async def _is_set_up(self) -> bool:
+        try:
+            return await self._link.is_healthy(
+                self._link.endpoint.ready_path, self._watch.timeout_s
+            )
+        except LINK_ERRORS:  # it does not listen yet
+            return False
+
+    async def _read_stats(self) -> None:
+        with suppress(*LINK_ERRORS):
+            self._rank.stats = await self._link.stats(self._watch.timeout_s)
+
+    async def _look(self) -> None:
+        endpoint, timeout_s = self._link.endpoint, self._watch.timeout_s
+        if await self._link.is_healthy(endpoint.ready_path, timeout_s):
+            state = RankState.READY
+        elif await self._link.is_healthy(endpoint.live_path, timeout_s):
+            state = RankState.DRAINING
+        else:
+            log.error("rank %d says that it cannot compute any more: killed", self._rank.rank)
+            self.process.send_signal(signal.SIGKILL)
+            return
+        self._answered_s = time.monotonic()
+        self._table.set_state(self._rank, state)
+        await self._read_stats()
+
+    def _note_silence(self) -> None:
+        silent_s = time.monotonic() - self._answered_s
+        if silent_s < self._watch.timeout_s:  # a rank that drains has closed its socket
+            return
+        self._table.set_state(self._rank, RankState.UNRESPONSIVE, f"no answer for {silent_s:.0f} s")
+        if silent_s > self._watch.timeout_s + self._watch.hang_s:
+            log.error("rank %d has not answered for %.0f s: killed", self._rank.rank, silent_s)
+            self.process.send_signal(signal.SIGKILL)

@@ -1,0 +1,103 @@
+"""Starts rank processes that serve with Transformers."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from dwdp.config import DwdpConfig
+from dwdp.rendezvous import prefixed, report_failure, serve_store
+from dwdp.serving.rank_server.job import EXIT_BAD_INPUT, EXIT_PEER_FAILED, RankServerJob
+from dwdp.serving.rank_server.options import RankOptions
+from dwdp.serving.supervisor.environment import rank_environment
+from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
+
+HOST = "127.0.0.1"
+
+# The parent's module search path is handed on, so that a rank imports the same dwdp wherever it runs.
+_PROGRAM = """\
+import sys
+sys.path[:] = sys.argv[2].split("\\n")
+from dwdp.serving.lifetime import end_with_parent
+end_with_parent(int(sys.argv[1]))
+from dwdp.serving.rank_server.process import main
+sys.exit(main())
+"""
+
+
+class TransformersRanks:
+    """A :class:`~dwdp.serving.supervisor.interface.RankLauncher` for checkpoints that Transformers runs.
+
+    Args:
+        model_name: what requests call the model.
+        num_threads: compute threads of each rank.
+    """
+
+    exit_bad_input = EXIT_BAD_INPUT
+    exit_peer_failed = EXIT_PEER_FAILED
+
+    def __init__(
+        self,
+        model_dir: Path,
+        model_name: str,
+        config: DwdpConfig,
+        options: RankOptions,
+        *,
+        dtype: str,
+        num_threads: int,
+    ) -> None:
+        self.num_ranks = config.dwdp_size
+        self._model_dir = model_dir
+        self.model_name = model_name
+        self._config = config
+        self._options = options
+        self._dtype = dtype
+        self._num_threads = num_threads
+        self._token = secrets.token_hex(16)
+        self._store: Any = None
+
+    def new_group(self) -> None:
+        """Serve a fresh store on a free port; the store before goes with its group.
+
+        Raises:
+            GroupError: there is no free port.
+        """
+        self._store = serve_store(HOST, 0, self.num_ranks)
+
+    def start(self, rank: int, incarnation: int) -> RankStart:
+        """See :class:`~dwdp.serving.supervisor.interface.RankLauncher`."""
+        endpoint = RankEndpoint(
+            socket=f"dwdp-rank-{secrets.token_hex(8)}",
+            headers={"Authorization": f"Bearer {self._token}"},
+        )
+        assert endpoint.socket is not None
+        job = RankServerJob(
+            model_dir=str(self._model_dir),
+            served_model_name=self.model_name,
+            dtype=self._dtype,
+            num_threads=self._num_threads,
+            config=self._config,
+            options=self._options,
+            socket=endpoint.socket,
+            token=self._token,
+            parent_pid=os.getpid(),
+        )
+        return RankStart(
+            arguments=[sys.executable, "-c", _PROGRAM, str(os.getpid()), "\n".join(sys.path)],
+            environment=rank_environment(
+                rank,
+                self.num_ranks,
+                rendezvous=f"{HOST}:{self._store.port}",
+                incarnation=incarnation,
+                num_threads=self._num_threads,
+            ),
+            stdin=job.model_dump_json().encode() + b"\n",
+            endpoint=endpoint,
+        )
+
+    def report_death(self, rank: int, message: str) -> None:
+        """See :class:`~dwdp.serving.supervisor.interface.RankLauncher`."""
+        report_failure(prefixed(self._store), rank, message)

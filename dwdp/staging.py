@@ -1,0 +1,174 @@
+"""Staging slots: memory for remote experts, composite tensors that map it, and what fills it.
+
+A slot holds the remote experts of one layer at a time. Layers of one slot share its memory, buffer by
+buffer: a buffer takes a tensor of a certain size, and no two tensors of one layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dwdp.fabric.base import AddressRange, Copy, Fabric, Region
+from dwdp.fetch_plan import FetchPlan, build_fetch_plan
+from dwdp.layout import TensorLayout
+from dwdp.weights import ExpertWeights, MappedTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class StagedLayer:
+    """What it takes to fill one layer's slot.
+
+    Attributes:
+        lanes: all remote experts, slice by slice, by lane.
+        experts: for each expert, what it takes alone; nothing for a resident one.
+        ranges: the memory that both lie in.
+        num_bytes: of all remote experts.
+    """
+
+    lanes: tuple[tuple[Copy, ...], ...]
+    experts: tuple[tuple[Copy, ...], ...]
+    ranges: tuple[AddressRange, ...]
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """Memory for one expert tensor at a time: the parts that a rank does not store itself."""
+
+    parts: tuple[Region, ...]
+    memory: AddressRange
+
+
+class Staging:
+    """The slots of one rank.
+
+    Args:
+        fabric: provides the memory.
+        weights: whose edges are filled.
+        slots: the slot of every layer, from :func:`dwdp.pipeline.assign_slots`.
+    """
+
+    def __init__(self, fabric: Fabric, weights: ExpertWeights, slots: Sequence[int]) -> None:
+        self._fabric = fabric
+        self._weights = weights
+        self._slots = tuple(slots)
+        self._buffers: dict[tuple[int, BufferKey], _Buffer] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Physical bytes of all slots."""
+        return sum(part.num_bytes for buffer in self._buffers.values() for part in buffer.parts)
+
+    def compose(self) -> list[dict[str, torch.Tensor]]:
+        """Per layer, composite tensors whose remote experts lie in the layer's slot.
+
+        Raises:
+            FabricError: no memory for the slots.
+        """
+        composed = []
+        for layer, slot in zip(self._weights.tensors, self._slots, strict=True):
+            tensors = {}
+            for tensor, key in zip(layer, _keys(layer), strict=True):
+                if (slot, key) not in self._buffers:
+                    self._buffers[slot, key] = self._allocate(tensor.layout)
+                parts = self._buffers[slot, key].parts
+                layout, rank = tensor.layout, self._weights.rank
+                own = [
+                    (layout.pieces[piece].start, tensor.resident[piece])
+                    for piece in layout.rank_pieces(rank)
+                ]
+                staged = [
+                    (part.start, region)
+                    for part, region in zip(layout.slot_parts(rank), parts, strict=True)
+                ]
+                tensors[tensor.spec.name] = self._weights.compose(tensor, own + staged)
+            composed.append(tensors)
+        return composed
+
+    def layers(self, num_lanes: int, slice_bytes: int) -> list[StagedLayer]:
+        """Per layer, what fills its slot. After ``compose``.
+
+        Sources share a lane when there are more sources than lanes; their slices then alternate.
+        """
+        plans: dict[tuple[TensorLayout, ...], FetchPlan] = {}
+        staged = []
+        for layer, slot in zip(self._weights.tensors, self._slots, strict=True):
+            layouts = tuple(tensor.layout for tensor in layer)
+            if layouts not in plans:
+                plans[layouts] = build_fetch_plan(self._weights.rank, layouts, slice_bytes)
+            buffers = [self._buffers[slot, key].memory for key in _keys(layer)]
+            lanes: list[list[Copy]] = [[] for _ in range(num_lanes)]
+            for round_ in plans[layouts].rounds():
+                for position, piece in enumerate(round_):
+                    if piece is not None:
+                        copy = self._copy(
+                            layer[piece.tensor],
+                            buffers[piece.tensor],
+                            piece.source,
+                            piece.start,
+                            piece.num_bytes,
+                        )
+                        lanes[position % num_lanes].append(copy)
+            experts = self._experts(layer, buffers)
+            views = [view for tensor in layer for view in tensor.views.values()]
+            staged.append(
+                StagedLayer(
+                    tuple(map(tuple, lanes)),
+                    experts,
+                    (*buffers, *views),
+                    plans[layouts].num_bytes,
+                )
+            )
+        return staged
+
+    def close(self) -> None:
+        """Give the slots up. Memory that a tensor or a fetch still uses goes with it. Idempotent."""
+        for buffer in self._buffers.values():
+            buffer.memory.close()
+            for part in buffer.parts:
+                part.close()
+        self._buffers.clear()
+
+    def _experts(
+        self, layer: Sequence[MappedTensor], buffers: Sequence[AddressRange]
+    ) -> tuple[tuple[Copy, ...], ...]:
+        experts: list[list[Copy]] = [[] for _ in range(layer[0].spec.num_experts)]
+        for tensor, buffer in zip(layer, buffers, strict=True):
+            for source, expert, start, stop in tensor.layout.fetch_ranges(self._weights.rank):
+                experts[expert].append(self._copy(tensor, buffer, source, start, stop - start))
+        return tuple(map(tuple, experts))
+
+    def _copy(
+        self, tensor: MappedTensor, buffer: AddressRange, source: int, start: int, num_bytes: int
+    ) -> Copy:
+        view = self._weights.view(tensor, source)
+        return Copy(buffer.address + start, view.address + start, num_bytes)
+
+    def _allocate(self, layout: TensorLayout) -> _Buffer:
+        memory = self._fabric.reserve(layout.mapped_bytes)
+        parts = []
+        for part in layout.slot_parts(self._weights.rank):
+            parts.append(self._fabric.allocate(part.stop - part.start))
+            memory.map(part.start, parts[-1])
+        memory.enable_access(writable=True)
+        return _Buffer(tuple(parts), memory)
+
+
+BufferKey = tuple[int, int, int]
+
+
+def _keys(layer: Sequence[MappedTensor]) -> list[BufferKey]:
+    """The buffer of each tensor: its number of experts, bytes per expert, and a count of equals."""
+    seen: Counter[tuple[int, int]] = Counter()
+    keys = []
+    for tensor in layer:
+        shape = (tensor.spec.num_experts, tensor.spec.expert_bytes)
+        keys.append((*shape, seen[shape]))
+        seen[shape] += 1
+    return keys
