@@ -64,7 +64,7 @@ $(PACKAGES_STAMP): pyproject.toml setup.py constraints.txt dwdp/_version.py
 	@echo "[2/3] build tools"
 	@$(PIP) setuptools pybind11 | $(PIP_LINES)
 	@echo "[3/3] packages, dwdp and its native module (several minutes the first time)"
-	@$(PIP) --no-build-isolation -e '.[transformers,dev]' | $(PIP_LINES)
+	@$(PIP) --no-build-isolation -e '.[transformers,serve,dev]' | $(PIP_LINES)
 	@touch $(NATIVE_STAMP) $(PACKAGES_STAMP)
 	@$(VENV)/bin/dwdp --version
 

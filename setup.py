@@ -36,6 +36,10 @@ class BuildError(Exception):
     """What the user has to put right."""
 
 
+class NoToolkitError(BuildError):
+    """There is no CUDA toolkit to build with."""
+
+
 def read_version() -> str:
     text = (ROOT / "dwdp" / "_version.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
@@ -46,6 +50,9 @@ def read_version() -> str:
 
 def files(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob(pattern))
+
+
+CUDA_SOURCES = files("cuda/*.cpp") + files("bindings/cuda_*.cpp")
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,8 @@ def find_cuda() -> Cuda:
     """The toolkit to build with.
 
     Raises:
-        BuildError: there is none, it is too old, or it lacks an architecture that was asked for.
+        NoToolkitError: there is none, or it is too old.
+        BuildError: it lacks an architecture that was asked for.
     """
     on_path = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
@@ -102,7 +110,7 @@ def find_cuda() -> Cuda:
     folders = [Path(home) for home in homes if home]
     found = next(((home, path) for home in folders if (path := find_headers(home))), None)
     if found is None:
-        raise BuildError(
+        raise NoToolkitError(
             "no CUDA toolkit, nvcc and headers, in CUDA_HOME, CUDA_PATH, around the nvcc on the PATH "
             "or in /usr/local/cuda; install one, or set CUDA_HOME"
         )
@@ -112,8 +120,9 @@ def find_cuda() -> Cuda:
     match = re.search(r"^#define CUDA_VERSION (\d+)$", header, re.MULTILINE)
     version = int(match.group(1)) if match else 0
     if version < OLDEST_CUDA:
-        raise BuildError(
-            f"{include}/cuda.h is of CUDA {version / 1000:.1f}; 12.8 or newer is needed"
+        raise NoToolkitError(
+            f"{include}/cuda.h is of CUDA {version // 1000}.{version % 1000 // 10}; "
+            "12.8 or newer is needed"
         )
     return Cuda(nvcc, include, choose_architectures(nvcc))
 
@@ -127,7 +136,7 @@ def find_headers(home: Path) -> Path | None:
 
 
 def choose_architectures(nvcc: Path) -> tuple[str, ...]:
-    known = re.findall(r"compute_(\w+)", run([str(nvcc), "--list-gpu-arch"]))
+    known = re.findall(r"compute_(\d+)", run([str(nvcc), "--list-gpu-arch"]))
     asked = re.split(r"[\s,;]+", os.environ.get("DWDP_CUDA_ARCHS", "").strip().replace(".", ""))
     if asked == [""]:
         return tuple(name for name in DEFAULT_ARCHITECTURES if name in known)
@@ -136,20 +145,24 @@ def choose_architectures(nvcc: Path) -> tuple[str, ...]:
         raise BuildError(
             f"DWDP_CUDA_ARCHS names {', '.join(unknown)}, but {nvcc} knows {', '.join(known)}"
         )
-    return tuple(sorted(set(asked), key=known.index))
+    return tuple(sorted(set(asked), key=int))
 
 
 def wanted_cuda() -> Cuda | None:
-    """The toolkit, or None where the module is built without CUDA; says why."""
+    """The toolkit, or None where the module is built without CUDA; says why.
+
+    Raises:
+        BuildError: CUDA was asked for and cannot be had, or the environment makes no sense.
+    """
     choice = os.environ.get("DWDP_CUDA", "")
+    if choice not in ("", "0", "1"):
+        raise BuildError(f"DWDP_CUDA is {choice!r}: set it to 0 or 1, or unset it")
     if choice == "0":
         return None
     try:
-        if choice not in ("", "1"):
-            raise BuildError(f"DWDP_CUDA is {choice!r}: set it to 0 or 1, or unset it")
         return find_cuda()
-    except BuildError as error:
-        if choice != "":
+    except NoToolkitError as error:
+        if choice == "1":
             raise
         print(f"dwdp is built without its CUDA fabric: {error}", file=sys.stderr)
         return None
@@ -165,7 +178,7 @@ class BuildNativeCore(build_ext):
             if cuda is not None:
                 self.add_cuda(extension, cuda)
         except BuildError as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {error}\n(DWDP_CUDA=0 builds dwdp without its CUDA fabric)")
         self.rebuild_if_changed(repr((cuda, extension.sources, extension.define_macros)))
         super().build_extensions()
 
@@ -177,7 +190,7 @@ class BuildNativeCore(build_ext):
         # A system folder, so that its headers give no warnings.
         extension.extra_compile_args += ["-isystem", str(cuda.include)]
         extension.extra_link_args.append("-ldl")
-        extension.sources += files("cuda/**/*.cpp") + files("bindings/cuda_*.cpp")
+        extension.sources += CUDA_SOURCES
         extension.sources += [self.embed(kernel, cuda) for kernel in KERNELS]
 
     def embed(self, kernel: str, cuda: Cuda) -> str:
@@ -222,10 +235,11 @@ native_core = Pybind11Extension(
         source
         for folder in ("common", "host", "transport", "bindings")
         for source in files(f"{folder}/*.cpp")
-        if not source.startswith("csrc/bindings/cuda_")
+        if source not in CUDA_SOURCES
     ],
-    # Any change to a header rebuilds everything: there is no finer dependency tracking here.
-    depends=files("**/*.hpp") + files("**/*.cu*"),
+    # Any change to a header rebuilds everything: there is no finer dependency tracking here. With the
+    # sources these are what a source distribution holds.
+    depends=files("**/*.hpp") + files("**/*.cu*") + CUDA_SOURCES,
     include_dirs=["csrc"],
     define_macros=[("DWDP_VERSION", f'"{read_version()}"')],
     cxx_std=17,

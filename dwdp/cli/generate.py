@@ -33,7 +33,6 @@ from dwdp.launch import LaunchInfo, discover_launch
 from dwdp.observability.report import SamplingReport
 from dwdp.rendezvous import PeerFailure
 from dwdp.serving.channel import RankChannel
-from dwdp.serving.checkpoint_files import check_checkpoint_files
 from dwdp.serving.dispatcher import (
     BadInput,
     Dispatcher,
@@ -116,6 +115,7 @@ class GenerateOptions:
 )
 @config_options(
     "fetch_mode",
+    "demand_max_tokens",
     "num_slots",
     "num_experts_per_worker",
     "num_prefetch_experts",
@@ -133,10 +133,10 @@ class GenerateOptions:
 )
 @click.option(
     "--device",
-    type=click.Choice(["cpu"]),
+    type=click.Choice(["cpu", "cuda"]),
     default="cpu",
     show_default=True,
-    help="What the ranks compute on.",
+    help="What the ranks compute on. cuda: a GPU each, in turn; ranks share them if there are fewer.",
 )
 @click.option(
     "--threads-per-rank",
@@ -219,13 +219,13 @@ def _plan(options: GenerateOptions) -> RunPlan:
         if path is not None:
             check_writable(path)
     quiet_transformers()
-    check_checkpoint_files(options.model_dir)
     return plan_run(
         options.model_dir,
         options.config,
         _read_prompts(options),
         options.sampling,
         dtype=options.dtype,
+        device=options.device,
     )
 
 
@@ -244,6 +244,7 @@ def _run_here(options: GenerateOptions) -> int:
             processes.start(
                 str(options.model_dir),
                 dtype=options.dtype,
+                device=options.device,
                 num_threads=options.threads_per_rank,
                 dispatcher=dispatcher.name,
                 token=dispatcher.token,
@@ -271,6 +272,7 @@ def _run_launched(options: GenerateOptions, launch: LaunchInfo) -> int:
                 group,
                 options.config,
                 dtype=options.dtype,
+                device=options.device,
                 num_threads=options.threads_per_rank,
             )
         with attachment:

@@ -49,7 +49,7 @@ def config_options(*field_names: str) -> Callable[[_Function], _Function]:
     def decorate(function: _Function) -> _Function:
         # click shows options in the reverse of the order in which decorators add them.
         for name in reversed(field_names or tuple(fields)):
-            function = _option(name, fields[name])(function)
+            function = field_option(name, fields[name])(function)
         return function
 
     return decorate
@@ -66,10 +66,10 @@ def config_from_options(options: Mapping[str, Any]) -> DwdpConfig:
     try:
         return DwdpConfig(**values)
     except ValidationError as error:
-        raise _bad_parameter(error) from error
+        raise bad_parameter(error) from error
 
 
-def _bad_parameter(error: ValidationError) -> click.BadParameter:
+def bad_parameter(error: ValidationError) -> click.BadParameter:
     problem = error.errors(include_url=False)[0]
     # A validator's own words are in the context: "msg" would put "Value error, " before them.
     reason = str(problem.get("ctx", {}).get("error", problem["msg"]))
@@ -88,7 +88,7 @@ class _BadCombination(click.BadParameter):
         return self.message
 
 
-def _option(name: str, field: FieldInfo) -> Callable[[_Function], _Function]:
+def field_option(name: str, field: FieldInfo) -> Callable[[_Function], _Function]:
     kind = _without_none(field.annotation)
     if kind is bool:
         declaration = f"{flag_name(name)}/--no-{name.replace('_', '-')}"

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ValidationError
 
 from dwdp.cli.options import (
     IntRange,
-    _bad_parameter,
-    _option,
+    bad_parameter,
     config_from_options,
     config_options,
+    field_option,
 )
 from dwdp.config import DwdpConfig
 from dwdp.serving.rank_server.options import RankOptions
@@ -39,7 +39,7 @@ def _model_options(model: type[BaseModel], *left_out: str) -> Callable[[_Functio
     def decorate(function: _Function) -> _Function:
         for name in reversed(model.model_fields):
             if name not in left_out:
-                function = _option(name, model.model_fields[name])(function)
+                function = field_option(name, model.model_fields[name])(function)
         return function
 
     return decorate
@@ -50,7 +50,7 @@ def _model_from_options(model: type[_Model], options: Mapping[str, Any]) -> _Mod
     try:
         return model(**values)
     except ValidationError as error:
-        raise _bad_parameter(error) from error
+        raise bad_parameter(error) from error
 
 
 @click.command()

@@ -79,7 +79,7 @@ class Channel:
         self._socket.close()
 
 
-def _is_own_user(connection: socket.socket) -> bool:
+def is_own_user(connection: socket.socket) -> bool:
     credentials = connection.getsockopt(
         socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size
     )
@@ -104,7 +104,7 @@ class RankChannel:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             connection.connect(f"\0{name}")
-            if not _is_own_user(connection):
+            if not is_own_user(connection):
                 raise PermissionError(f"{name} belongs to another user's process")
         except OSError:
             connection.close()
@@ -151,7 +151,7 @@ class Listener:
             connection, _ = self._socket.accept()
         except (BlockingIOError, ConnectionError):
             return None
-        if not _is_own_user(connection):
+        if not is_own_user(connection):
             connection.close()
             return None
         return Channel(connection)

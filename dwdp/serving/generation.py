@@ -43,7 +43,7 @@ class Generator:
         import torch
 
         model: Any = self._model
-        prompt = torch.tensor([request.token_ids])
+        prompt = torch.tensor([request.token_ids], device=model.device)
         if request.temperature > 0:
             torch.manual_seed(request.seed)
         sequences = model.generate(

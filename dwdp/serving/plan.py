@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwdp.config import DwdpConfig
+from dwdp.fabric.cuda_devices import list_devices
 from dwdp.memory_plan import (
     ExpertTensorSize,
     MemoryPlan,
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from dwdp.engines.transformers.loading import CheckpointInfo
 
 _GIB = 1 << 30
+_DEVICE_PAGE_BYTES = 2 << 20
+"""The mapping granularity of today's GPUs; asking one would take memory on it."""
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -59,6 +64,7 @@ def plan_run(
     sampling: SamplingReport,
     *,
     dtype: str,
+    device: str,
 ) -> RunPlan:
     """Check the model, the placement, the prompts and the memory, in that order.
 
@@ -69,7 +75,7 @@ def plan_run(
 
     quiet_transformers()
     info = inspect_checkpoint(model_dir, dtype)
-    memory = _plan_memory(info, config)
+    memory = plan_group_memory(info, config, device)
     tokenizer = load_tokenizer(model_dir)
     tokenized = tokenize(
         prompts,
@@ -78,7 +84,10 @@ def plan_run(
         max_positions=getattr(info.config, "max_position_embeddings", None),
         max_new_tokens=sampling.max_new_tokens,
     )
-    check_memory(memory, available_memory_bytes())
+    if device == "cpu":
+        check_memory(memory, available_memory_bytes())
+    else:
+        check_device_memory(memory)
     model = ModelReport(
         path=str(model_dir),
         model_type=info.model_type,
@@ -133,26 +142,37 @@ def check_memory(plan: MemoryPlan, available_bytes: int) -> None:
     )
 
 
-def _plan_memory(info: CheckpointInfo, config: DwdpConfig) -> MemoryPlan:
-    from dwdp.fabric import create_fabric
-
-    fabric = create_fabric("host")
-    try:
-        return plan_memory(
-            [
-                [
-                    ExpertTensorSize(tensor.num_experts, tensor.expert_bytes)
-                    for tensor in layer.tensors
-                ]
-                for layer in info.expert_layers
-            ],
-            config,
-            dense_bytes=info.dense_bytes,
-            staged=config.fetch_mode == "staged",
-            granularity=fabric.granularity,
+def check_device_memory(plan: MemoryPlan) -> None:
+    """Raises ValueError if the ranks that share a GPU need more than it has."""
+    devices = list_devices()
+    if not devices:
+        raise ValueError("--device cuda: there is no GPU that this process may use")
+    for device in devices:
+        ranks = range(device.ordinal, len(plan.dense_bytes), len(devices))
+        needed = sum(
+            plan.dense_bytes[rank] + plan.resident_expert_bytes[rank] + plan.staging_bytes[rank]
+            for rank in ranks
         )
-    finally:
-        fabric.close()
+        if needed > device.memory_bytes:
+            raise ValueError(
+                f"{len(ranks)} rank(s) on GPU {device.ordinal} ({device.name}) need {_gib(needed)}; it "
+                f"has {_gib(device.memory_bytes)}. Use more GPUs, less redundancy, or a smaller --dtype"
+            )
+
+
+def plan_group_memory(info: CheckpointInfo, config: DwdpConfig, device: str) -> MemoryPlan:
+    """What the ranks of a checkpoint hold on ``device``, ``"cpu"`` or ``"cuda"``."""
+    modes = ("staged", "demand") if device == "cpu" else ("staged", "demand", "auto")
+    return plan_memory(
+        [
+            [ExpertTensorSize(tensor.num_experts, tensor.expert_bytes) for tensor in layer.tensors]
+            for layer in info.expert_layers
+        ],
+        config,
+        dense_bytes=info.dense_bytes,
+        staged=config.fetch_mode in modes,
+        granularity=mmap.PAGESIZE if device == "cpu" else _DEVICE_PAGE_BYTES,
+    )
 
 
 def _gib(num_bytes: int) -> str:

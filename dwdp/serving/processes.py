@@ -8,18 +8,11 @@ import subprocess
 import sys
 import time
 from types import TracebackType
-from typing import Any
 
 from dwdp.config import DwdpConfig
-from dwdp.launch import (
-    DWDP_INCARNATION,
-    DWDP_RANK,
-    DWDP_RENDEZVOUS,
-    DWDP_STORE_IS_SERVED,
-    DWDP_WORLD_SIZE,
-)
 from dwdp.rendezvous import prefixed, report_failure, serve_store
 from dwdp.serving.dispatcher import SetupFailed
+from dwdp.serving.environment import rank_environment
 from dwdp.serving.rank import EXIT_PEER_FAILED, RankJob
 
 HOST = "127.0.0.1"
@@ -28,21 +21,6 @@ _FAILURE_S = 2.0
 _TERMINATE_S = 2.0
 _EXIT_S = 1.0
 _POLL_S = 0.02
-
-# A rank must not take itself for one of the launcher that this command may have been started by.
-_LAUNCHER_PREFIXES = ("OMPI_", "PMI_", "PMIX_", "SLURM_", "TORCHELASTIC_")
-_LAUNCHER_VARIABLES = frozenset(
-    {
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "GROUP_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    }
-)
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 # The parent's module search path is handed on, so that a rank imports the same dwdp wherever it runs.
 _PROGRAM = """\
@@ -81,12 +59,19 @@ class RankProcesses:
         return tuple(process.pid for process in self._processes)
 
     def start(
-        self, model_dir: str, *, dtype: str, num_threads: int, dispatcher: str, token: str
+        self,
+        model_dir: str,
+        *,
+        dtype: str,
+        device: str,
+        num_threads: int,
+        dispatcher: str,
+        token: str,
     ) -> None:
         """Start every rank.
 
         Args:
-            model_dir, dtype: what to load.
+            model_dir, dtype, device: what to load, and where to.
             num_threads: compute threads of each rank.
             dispatcher, token: where each connects, and what it proves itself with.
         """
@@ -95,13 +80,20 @@ class RankProcesses:
             token=token,
             model_dir=model_dir,
             dtype=dtype,
+            device=device,
             num_threads=num_threads,
             config=self._config.model_dump(),
         )
         for rank in range(self._config.dwdp_size):
             process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, str(os.getpid()), "\n".join(sys.path)],
-                env=self._environment(rank, num_threads),
+                env=rank_environment(
+                    rank,
+                    self._config.dwdp_size,
+                    rendezvous=f"{HOST}:{self._store.port}",
+                    incarnation=0,
+                    num_threads=num_threads,
+                ),
                 stdin=subprocess.PIPE,
                 stdout=2,  # standard output is the command's own
             )
@@ -171,22 +163,6 @@ class RankProcesses:
             if all(process.poll() is not None for process in self._processes):
                 return
             time.sleep(_POLL_S)
-
-    def _environment(self, rank: int, num_threads: int) -> dict[str, str]:
-        inherited = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in _LAUNCHER_VARIABLES and not key.startswith(_LAUNCHER_PREFIXES)
-        }
-        own: dict[str, Any] = {
-            DWDP_RANK: rank,
-            DWDP_WORLD_SIZE: self._config.dwdp_size,
-            DWDP_RENDEZVOUS: f"{HOST}:{self._store.port}",
-            DWDP_STORE_IS_SERVED: 1,
-            DWDP_INCARNATION: 0,
-            **dict.fromkeys(_THREAD_VARIABLES, num_threads),
-        }
-        return inherited | {key: str(value) for key, value in own.items()}
 
 
 def _end_of(code: int) -> str:

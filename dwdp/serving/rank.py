@@ -22,7 +22,6 @@ from dwdp.group import Group
 from dwdp.launch import discover_launch
 from dwdp.rendezvous import GroupError, PeerFailure
 from dwdp.serving.channel import RankChannel
-from dwdp.serving.checkpoint_files import check_checkpoint_files
 from dwdp.serving.generation import Generator, quiet_transformers
 from dwdp.serving.messages import (
     Completion,
@@ -59,6 +58,7 @@ class RankJob:
     token: str
     model_dir: str
     dtype: str
+    device: str
     num_threads: int
     config: dict[str, Any]
 
@@ -95,7 +95,12 @@ def _run(job: RankJob) -> int:
         # The dispatcher hears of an error before the group does: it believes the first complaint.
         with group.setting_up(), _complaints_to(channel):
             attachment = load_rank(
-                job.model_dir, group, config, dtype=job.dtype, num_threads=job.num_threads
+                job.model_dir,
+                group,
+                config,
+                dtype=job.dtype,
+                device=job.device,
+                num_threads=job.num_threads,
             )
     except PeerFailure:
         return EXIT_PEER_FAILED
@@ -111,7 +116,13 @@ def _run(job: RankJob) -> int:
 
 
 def load_rank(
-    model_dir: str, group: Group, config: DwdpConfig, *, dtype: str, num_threads: int
+    model_dir: str,
+    group: Group,
+    config: DwdpConfig,
+    *,
+    dtype: str,
+    device: str,
+    num_threads: int,
 ) -> Attachment:
     """This rank's share of the model, on ``num_threads`` compute threads. Every rank calls it.
 
@@ -125,8 +136,7 @@ def load_rank(
 
     torch.set_num_threads(num_threads)
     quiet_transformers()
-    check_checkpoint_files(model_dir)
-    return load(model_dir, group, config, dtype=dtype)
+    return load(model_dir, group, config, dtype=dtype, device=device)
 
 
 def serve_requests(channel: RankChannel, attachment: Attachment) -> bool:

@@ -131,16 +131,28 @@ def region_of(
     return region
 
 
-def copy_in_batches(connection: Connection, settings: dict[str, object]) -> None:
-    """Fetch some slices with the driver of ``settings``; send how that went."""
+def fetch_twice(connection: Connection, settings: dict[str, object]) -> None:
+    """Fetch at once and in a graph, with the driver of ``settings``; send how that went."""
     driver = load_driver(**settings)
     device = _C.CudaDevice(0)
     source, target = (mapped(driver, device, 5000, seed=i) for i in range(2))
-    engine, done = _C.CudaCopyEngine(device, 2, 2), _C.CudaEvent(device)
+    engine = _C.CudaCopyEngine(device, 2, 2)
+    free, done = _C.CudaEvent(device), _C.CudaEvent(device)
     lanes = random_lanes(random.Random(0), 2, target.address, source.address, 5000, 300)
-    engine.submit(engine.prepare(lanes, [source, target]), after=None, done=done)
+    fetch = engine.prepare(lanes, [source, target])
+    stream = driver.stream()
+    engine.submit(fetch, after=None, done=done)
     done.synchronize()
-    copied = driver.read(target.address, 5000) == pattern(0, 5000)
+    copies = [driver.read(target.address, 5000)]
+    driver.write(target.address, bytes(5000))
+    with stream.capture() as graph:
+        free.record(stream.address)
+        engine.submit(fetch, after=free, done=done)
+        done.wait(stream.address)
+    graph.instantiate().launch(stream)
+    stream.synchronize()
+    copies.append(driver.read(target.address, 5000))
+    copied = copies == [pattern(0, 5000)] * 2
     connection.send(
         ("copied" if copied else "lost", device.driver_version, engine.uses_batch_copies)
     )

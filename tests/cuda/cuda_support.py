@@ -1,4 +1,4 @@
-"""What the tests of the CUDA fabric share: mapped memory, patterns, and compute without torch's CUDA build."""
+"""What the tests of the CUDA fabric share: mapped memory, patterns, compute without torch's CUDA."""
 
 from __future__ import annotations
 

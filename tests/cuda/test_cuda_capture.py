@@ -231,6 +231,35 @@ def test_lanes_of_a_captured_fetch_do_not_wait_for_each_other(
     compute.destroy()
 
 
+@pytest.mark.usefixtures("late")
+def test_captured_fetches_of_a_lane_run_in_the_order_of_submission(
+    driver: Driver, device: _C.CudaDevice
+) -> None:
+    compute = driver.stream()
+    engine = _C.CudaCopyEngine(device, 2, 1)
+    sources = [mapped(driver, device, NUM_BYTES, seed=i) for i in range(4)]
+    slot = mapped(driver, device, NUM_BYTES)
+    half = NUM_BYTES // 2
+    free, ready = _C.CudaEvent(device), _C.CudaEvent(device)
+    with compute.capture() as graph:
+        free.record(compute.address)
+        for source in sources:
+            lanes = [
+                [(slot.address, source.address, half)],
+                [(slot.address + half, source.address + half, half)],
+            ]
+            engine.submit(engine.prepare(lanes, [source, slot]), after=free, done=ready)
+    graph.instantiate()
+    for _ in range(6):
+        driver.write(slot.address, bytes(NUM_BYTES))
+        graph.launch(compute)
+        compute.synchronize()
+        assert driver.read(slot.address, NUM_BYTES) == pattern(3, NUM_BYTES)
+    graph.destroy()
+    engine.close()
+    compute.destroy()
+
+
 def test_other_threads_may_fetch_during_a_global_capture(
     driver: Driver, device: _C.CudaDevice
 ) -> None:

@@ -377,10 +377,18 @@ def test_random_programs_match_a_plain_reference(
 
 @pytest.mark.parametrize(
     ("version", "hidden", "batch"),
-    [(12080, "", True), (12060, "", False), (13000, "cuMemcpyBatchAsync", False)],
+    [
+        (13000, "", True),
+        (12080, "", True),
+        (12060, "", False),
+        (12020, "", False),
+        (13000, "cuMemcpyBatchAsync", False),
+    ],
 )
 @pytest.mark.usefixtures("standin", "device")
-def test_drivers_with_another_batch_copy_or_none(version: int, hidden: str, batch: bool) -> None:
-    settings = {"DRIVER_VERSION": version, "HIDE": hidden}
-    outcome = processes.outcome_of("copy_in_batches", settings)
+def test_older_drivers_copy_and_capture_by_their_own_calls(
+    version: int, hidden: str, batch: bool
+) -> None:
+    """A batch copy with another signature, or none; capture information without edge data."""
+    outcome = processes.outcome_of("fetch_twice", {"DRIVER_VERSION": version, "HIDE": hidden})
     assert outcome == ("copied", (version // 1000, version % 1000 // 10), batch)

@@ -17,6 +17,7 @@ from dwdp.engines.transformers.checkpoint import (
     open_checkpoint,
     read_json,
 )
+from dwdp.engines.transformers.checkpoint_files import check_checkpoint_files
 from dwdp.engines.transformers.contract import internals
 from dwdp.engines.transformers.experts import UnsupportedModelError, refuse_quantized
 
@@ -51,6 +52,7 @@ def from_pretrained(
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}: use one of {', '.join(DTYPES)}")
     internals()
+    check_checkpoint_files(model_dir)
     config = _read_config(model_dir)
     with open_checkpoint(model_dir, getattr(config, "transformers_weights", None)) as checkpoint:
         _check_sizes(model_dir, config, checkpoint)

@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from dwdp.serving.channel import _is_own_user
+from dwdp.serving.channel import is_own_user
 from dwdp.serving.openai.errors import unavailable
 from dwdp.serving.rank_server.engine import RETRY_AFTER_S, Engine
 
@@ -30,7 +30,7 @@ class GuardedSocket(socket.socket):
     def accept(self) -> tuple[socket.socket, Any]:
         while True:
             connection, address = super().accept()
-            if _is_own_user(connection):
+            if is_own_user(connection):
                 return connection, address
             connection.close()
 

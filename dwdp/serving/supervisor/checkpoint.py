@@ -6,10 +6,8 @@ from pathlib import Path
 
 from dwdp.config import DwdpConfig
 from dwdp.memory_plan import available_memory_bytes
-from dwdp.serving.checkpoint_files import check_checkpoint_files
 from dwdp.serving.generation import quiet_transformers
-from dwdp.serving.plan import _plan_memory as plan_group_memory
-from dwdp.serving.plan import check_memory, load_tokenizer
+from dwdp.serving.plan import check_memory, load_tokenizer, plan_group_memory
 
 
 def check_servable(model_dir: Path, config: DwdpConfig, dtype: str) -> None:
@@ -21,9 +19,8 @@ def check_servable(model_dir: Path, config: DwdpConfig, dtype: str) -> None:
     from dwdp.engines.transformers.loading import inspect_checkpoint
 
     quiet_transformers()
-    check_checkpoint_files(model_dir)
     info = inspect_checkpoint(model_dir, dtype)
-    memory = plan_group_memory(info, config)
+    memory = plan_group_memory(info, config, "cpu")
     if load_tokenizer(model_dir) is None:
         raise ValueError(f"{model_dir} has no tokenizer, and an endpoint for text needs one")
     check_memory(memory, available_memory_bytes())

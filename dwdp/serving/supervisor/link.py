@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -14,7 +15,7 @@ _MAX_STATS_BYTES = 4 << 20
 # Shorter than the 5 s after which uvicorn closes an idle connection: a request must not meet the closing.
 _KEEP_ALIVE_S = 3.0
 
-LINK_ERRORS = (aiohttp.ClientError, ConnectionError, TimeoutError)
+LINK_ERRORS = (aiohttp.ClientError, ConnectionError, TimeoutError, asyncio.TimeoutError)
 """What talking to a rank that is gone, or going, raises."""
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from dwdp.config import DwdpConfig
 from dwdp.rendezvous import prefixed, report_failure, serve_store
+from dwdp.serving.environment import rank_environment
 from dwdp.serving.rank_server.job import EXIT_BAD_INPUT, EXIT_PEER_FAILED, RankServerJob
 from dwdp.serving.rank_server.options import RankOptions
-from dwdp.serving.supervisor.environment import rank_environment
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
 
 HOST = "127.0.0.1"

@@ -141,7 +141,7 @@ def test_no_request_makes_the_server_fail(front: Front, tmp_path: Path) -> None:
             "--checks",
             f"{checks},response_schema_conformance",
             "--max-examples",
-            "25",
+            "10",
             "--request-timeout",
             "120",
         ],

@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from dwdp.engines.transformers.checkpoint import CheckpointError, read_json
+
 _SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".jinja")
 
 
@@ -15,7 +17,7 @@ def check_checkpoint_files(model_dir: str | Path) -> None:
     What is missing is left to the loader, which says so.
 
     Raises:
-        ValueError: the text names the file.
+        CheckpointError: the text names the file.
     """
     path = Path(model_dir)
     if path.is_dir():
@@ -31,14 +33,12 @@ def _refuse_special_files(model_dir: Path) -> None:
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             # Reading a FIFO would wait for somebody to write to it.
             kind = "a FIFO" if stat.S_ISFIFO(mode) else "a socket or a device"
-            raise ValueError(f"{path} is {kind}, not a file")
+            raise CheckpointError(f"{path} is {kind}, not a file")
 
 
 def _check_generation_config(path: Path) -> None:
     """Transformers goes on with defaults when it cannot read this file."""
     from transformers import GenerationConfig
-
-    from dwdp.engines.transformers.checkpoint import read_json
 
     if not os.path.lexists(path):
         return
@@ -47,4 +47,4 @@ def _check_generation_config(path: Path) -> None:
         GenerationConfig.from_dict(settings)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not usable: {reason}") from error
+        raise CheckpointError(f"{path} is not usable: {reason}") from error
