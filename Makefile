@@ -33,7 +33,7 @@ GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 PACKAGES_STAMP := $(VENV)/.packages
 NATIVE_STAMP := $(VENV)/.native
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
-CXX_FILES := find csrc tests/native -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES := find csrc tests/native tests/cuda -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh'
 
 .PHONY: help setup toolchain demo test test-asan test-tsan lint format bench bench-serve gpu-report clean distclean
 
@@ -114,6 +114,7 @@ clean: ## remove build outputs and caches
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	@rm -f $(NATIVE_STAMP)
 	@$(MAKE) --silent -C tests/native clean
+	@$(MAKE) --silent -C tests/cuda/standin clean
 
 distclean: clean ## remove the virtual environment as well
 	@rm -rf $(VENV)

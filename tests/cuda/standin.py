@@ -25,7 +25,6 @@ KINDS = (
     "events",
     "graphs",
     "graph_execs",
-    "user_objects",
     "modules",
     "contexts",
     "current",

@@ -192,6 +192,64 @@ def slices_on_lanes(
     return lanes
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_demand_copies_the_experts_that_indices_name(fabric: Fabric, dtype: torch.dtype) -> None:
+    num_experts, expert_bytes = 12, 1001
+    source = mapped(fabric, num_experts * expert_bytes, seed=1)
+    target = mapped(fabric, num_experts * expert_bytes)
+    experts = [
+        [
+            Copy(target.address + start, source.address + start, 500),
+            Copy(target.address + start + 500, source.address + start + 500, 501),
+        ]
+        for start in range(0, num_experts * expert_bytes, expert_bytes)
+    ]
+    experts[7] = []  # resident
+    engine = fabric.copy_engine(1, 1)
+    demand = engine.prepare_demand(experts, [source, target])
+    view = target.bytes_tensor(0, num_experts * expert_bytes).view(num_experts, expert_bytes)
+    expected = torch.zeros_like(view)
+    # Padding, an id too large, one twice, and a tensor that is not contiguous.
+    indices = torch.tensor([[3, -1], [11, num_experts], [3, 7], [0, 11]], dtype=dtype).t()
+    engine.fetch_activated(demand, indices)
+    for expert in (0, 3, 11):
+        start = expert * expert_bytes
+        expected[expert] = source.bytes_tensor(start, expert_bytes)
+    assert torch.equal(view, expected)
+    assert engine.demanded_bytes == 3 * expert_bytes
+    engine.fetch_activated(demand, indices[:0])
+    assert engine.demanded_bytes == 3 * expert_bytes
+    assert engine.demand_waited_s > 0.0
+    engine.close()
+    with pytest.raises(FabricError, match="closed copy engine"):
+        engine.fetch_activated(demand, indices)
+
+
+def test_demand_refuses_what_is_no_list_of_indices(fabric: Fabric) -> None:
+    engine = fabric.copy_engine(1, 1)
+    demand = engine.prepare_demand([])
+    with pytest.raises(FabricError, match="4 or 8 bytes each, not 2"):
+        engine.fetch_activated(demand, torch.zeros(3, dtype=torch.int16))
+    buffer = mapped(fabric, 4096)
+    with pytest.raises(FabricError, match="expert 1 of a fetch has a slice of 0 bytes"):
+        engine.prepare_demand([[], [Copy(buffer.address, buffer.address + 64, 0)]])
+    engine.close()
+
+
+def test_demand_keeps_its_memory_mapped(fabric: Fabric) -> None:
+    mappings = peers.num_region_mappings()
+    engine = fabric.copy_engine(1, 1)
+    source, target = mapped(fabric, 4096, seed=1), mapped(fabric, 4096)
+    demand = engine.prepare_demand([[Copy(target.address, source.address, 4096)]], [source, target])
+    source.close()
+    target.close()
+    engine.fetch_activated(demand, torch.zeros(1, dtype=torch.int64))
+    assert peers.num_region_mappings() == mappings + 2
+    del demand
+    assert peers.num_region_mappings() == mappings
+    engine.close()
+
+
 @pytest.mark.parametrize("num_slots", [2, 3])
 @pytest.mark.parametrize(("num_lanes", "lane_depth"), [(1, 1), (1, 3), (3, 1), (4, 2)])
 def test_ring_of_slots_has_no_hazard(

@@ -154,7 +154,7 @@ CUresult AddressSpace::get_access(CUdeviceptr address, CUdevice device, unsigned
   return CUDA_SUCCESS;
 }
 
-std::shared_ptr<Physical> AddressSpace::physical_at(CUdeviceptr address, CUdeviceptr* start) {
+std::shared_ptr<Physical> AddressSpace::physical_at(CUdeviceptr address) {
   const std::shared_lock<std::shared_mutex> lock(mutex_);
   Reservation* const reservation = containing(address, 1);
   if (reservation == nullptr) return nullptr;
@@ -162,7 +162,6 @@ std::shared_ptr<Physical> AddressSpace::physical_at(CUdeviceptr address, CUdevic
   if (after == reservation->mappings.begin()) return nullptr;
   const auto& [first, mapping] = *std::prev(after);
   if (address - first >= mapping.num_bytes) return nullptr;
-  if (start != nullptr) *start = first;
   return mapping.physical;
 }
 

@@ -19,7 +19,7 @@ const char* standin_fault_raised();
 std::int64_t standin_calls(const char* name);
 
 // What is alive in this process: "handles", "mappings", "reservations", "allocations" (cuMemAlloc,
-// cuMemAllocHost), "memory_bytes", "streams", "events", "graphs", "graph_execs", "user_objects",
+// cuMemAllocHost), "memory_bytes", "streams", "events", "graphs", "graph_execs",
 // "modules", "contexts" (references to primary contexts), "current" (contexts on this thread's
 // stack), "descriptors" (exported and not closed), "orphans" (streams and events that died with
 // their context). -1: no such kind.

@@ -33,25 +33,15 @@ std::atomic<pid_t> initialized_in{0};
 // Calls that give something back or restore it, and questions about names: "*" leaves them alone.
 bool excluded_from_any(const std::string& name) {
   static const std::set<std::string>& names =
-      *new std::set<std::string>{"cuCtxPopCurrent",
-                                 "cuDevicePrimaryCtxRelease",
-                                 "cuEventDestroy",
-                                 "cuGetErrorName",
-                                 "cuGetErrorString",
-                                 "cuGetProcAddress",
-                                 "cuGraphDestroy",
-                                 "cuGraphExecDestroy",
-                                 "cuLibraryUnload",
-                                 "cuMemAddressFree",
-                                 "cuMemFree",
-                                 "cuMemFreeHost",
-                                 "cuMemHostUnregister",
-                                 "cuMemRelease",
-                                 "cuMemUnmap",
-                                 "cuModuleUnload",
-                                 "cuThreadExchangeStreamCaptureMode",
-                                 "cuStreamDestroy",
-                                 "cuUserObjectRelease"};
+      *new std::set<std::string>{"cuCtxPopCurrent",  "cuDevicePrimaryCtxRelease",
+                                 "cuEventDestroy",   "cuGetErrorName",
+                                 "cuGetErrorString", "cuGetProcAddress",
+                                 "cuGraphDestroy",   "cuGraphExecDestroy",
+                                 "cuLibraryUnload",  "cuMemAddressFree",
+                                 "cuMemFree",        "cuMemFreeHost",
+                                 "cuMemRelease",     "cuMemUnmap",
+                                 "cuModuleUnload",   "cuThreadExchangeStreamCaptureMode",
+                                 "cuStreamDestroy"};
   return names.count(name) != 0;
 }
 

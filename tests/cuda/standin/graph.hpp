@@ -25,24 +25,8 @@ struct Node {
 
 using Nodes = std::vector<std::shared_ptr<Node>>;
 
-// What a graph keeps alive for its user: destroyed when the last reference is gone.
-class UserObject {
- public:
-  UserObject(void* object, CUhostFn destroy);
-  UserObject(const UserObject&) = delete;
-  UserObject& operator=(const UserObject&) = delete;
-  ~UserObject();
-
-  static std::int64_t num_live();
-
- private:
-  void* const pointer_;
-  const CUhostFn destroy_;
-};
-
 struct Graph {
   Nodes nodes;
-  std::vector<std::shared_ptr<UserObject>> objects;
   CUgraph handle = nullptr;
 };
 
@@ -66,7 +50,7 @@ std::shared_ptr<Node> add_node(Graph& graph, CUgraphNodeType type, Action action
 // Nodes of `graph` by their handles; false when one is not of it.
 bool find_nodes(const Graph& graph, const CUgraphNode* handles, std::size_t count, Nodes* found);
 
-// "graphs", "graph_execs" or "user_objects"; -1 for others.
+// "graphs" or "graph_execs"; -1 for others.
 std::int64_t live_graphs(const char* kind);
 
 // Forgets the handles of a graph's nodes.

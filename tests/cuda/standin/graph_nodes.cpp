@@ -7,8 +7,6 @@
 namespace standin {
 namespace {
 
-std::atomic<std::int64_t> live_user_objects{0};
-
 // CUDA_MEMCPY3D between pitched, one-, two- or three-dimensional pointers.
 struct Side {
   CUdeviceptr base;
@@ -49,20 +47,6 @@ CUresult add(CUgraphNode* handle, CUgraph graph_handle, const CUgraphNode* depen
 }
 
 }  // namespace
-
-UserObject::UserObject(void* object, CUhostFn destroy) : pointer_(object), destroy_(destroy) {
-  ++live_user_objects;
-}
-
-UserObject::~UserObject() {
-  // The driver forbids its own calls in here as in other host functions.
-  const bool before = std::exchange(in_host_function(), true);
-  destroy_(pointer_);
-  in_host_function() = before;
-  --live_user_objects;
-}
-
-std::int64_t UserObject::num_live() { return live_user_objects; }
 
 Registry<CUgraphNode, Node>& nodes() {
   static auto& instance = *new Registry<CUgraphNode, Node>;

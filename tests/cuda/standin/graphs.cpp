@@ -17,7 +17,6 @@ struct ExecNode {
 // Nodes in an order in which each comes after what it depends on.
 struct Exec {
   std::vector<ExecNode> nodes;
-  std::vector<std::shared_ptr<UserObject>> objects;
   SignalPtr last_launch;  // guarded by api_mutex
 };
 
@@ -133,7 +132,6 @@ std::shared_ptr<Exec> compile(const Graph& graph) {
     }
     if (position.size() == before) return nullptr;
   }
-  exec->objects = graph.objects;
   return exec;
 }
 
@@ -171,26 +169,6 @@ CUresult issue_events(Launch& launch) {
   return CUDA_SUCCESS;
 }
 
-struct UserHandle {
-  std::shared_ptr<UserObject> object;
-  unsigned int num_references;
-};
-
-Registry<CUuserObject, UserHandle>& user_objects() {
-  static auto& instance = *new Registry<CUuserObject, UserHandle>;
-  return instance;
-}
-
-CUresult release_references(CUuserObject handle, unsigned int count) {
-  const auto found = user_objects().find(handle);
-  if (found == nullptr || count == 0 || count > found->num_references) {
-    return CUDA_ERROR_INVALID_VALUE;
-  }
-  found->num_references -= count;
-  if (found->num_references == 0) user_objects().remove(handle);
-  return CUDA_SUCCESS;
-}
-
 }  // namespace
 
 Registry<CUgraph, Graph>& graphs() {
@@ -202,7 +180,6 @@ std::int64_t live_graphs(const char* kind) {
   const std::string name(kind);
   if (name == "graphs") return static_cast<std::int64_t>(graphs().size());
   if (name == "graph_execs") return static_cast<std::int64_t>(execs().size());
-  if (name == "user_objects") return UserObject::num_live();
   return -1;
 }
 
@@ -267,36 +244,5 @@ CUresult cuGraphLaunch(CUgraphExec hGraphExec, CUstream hStream) {
         return CUDA_SUCCESS;
       },
       /*always=*/true);
-  return CUDA_SUCCESS;
-}
-
-CUresult cuUserObjectCreate(CUuserObject* object_out, void* ptr, CUhostFn destroy,
-                            unsigned int initialRefcount, unsigned int flags) {
-  STANDIN_ENTER();
-  if (destroy == nullptr || initialRefcount == 0 || flags != CU_USER_OBJECT_NO_DESTRUCTOR_SYNC) {
-    return CUDA_ERROR_INVALID_VALUE;
-  }
-  auto object = std::make_shared<standin::UserObject>(ptr, destroy);
-  *object_out = standin::user_objects().add(std::make_shared<standin::UserHandle>(
-      standin::UserHandle{std::move(object), initialRefcount}));
-  return CUDA_SUCCESS;
-}
-
-CUresult cuUserObjectRelease(CUuserObject object, unsigned int count) {
-  STANDIN_ENTER();
-  return standin::release_references(object, count);
-}
-
-CUresult cuGraphRetainUserObject(CUgraph graph, CUuserObject object, unsigned int count,
-                                 unsigned int flags) {
-  STANDIN_ENTER();
-  const auto target = graphs().find(graph);
-  const auto found = standin::user_objects().find(object);
-  if (target == nullptr || found == nullptr || count == 0) return CUDA_ERROR_INVALID_VALUE;
-  const std::lock_guard<std::mutex> lock(api_mutex());
-  if (flags == CU_GRAPH_USER_OBJECT_MOVE) {
-    STANDIN_TRY(standin::release_references(object, count));
-  }
-  target->objects.push_back(found->object);
   return CUDA_SUCCESS;
 }

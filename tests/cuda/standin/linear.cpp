@@ -1,4 +1,4 @@
-// Ordinary device memory, page-locked host memory, and questions about pointers.
+// Ordinary device memory, and page-locked host memory.
 #include <algorithm>
 #include <cstdlib>
 #include <set>
@@ -72,28 +72,6 @@ CUresult allocate_host(void** address, std::size_t num_bytes) {
   const std::lock_guard<std::mutex> lock(allocations().mutex);
   allocations().host.insert(*address);
   return CUDA_SUCCESS;
-}
-
-CUresult pointer_attribute(void* data, CUpointer_attribute attribute, CUdeviceptr ptr) {
-  CUdeviceptr start = 0;
-  const auto physical = AddressSpace::instance().physical_at(ptr, &start);
-  if (physical == nullptr) return CUDA_ERROR_INVALID_VALUE;
-  switch (attribute) {
-    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-      *static_cast<unsigned int*>(data) = CU_MEMORYTYPE_DEVICE;
-      return CUDA_SUCCESS;
-    case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
-      *static_cast<int*>(data) = physical->device();
-      return CUDA_SUCCESS;
-    case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:
-      *static_cast<CUdeviceptr*>(data) = start;
-      return CUDA_SUCCESS;
-    case CU_POINTER_ATTRIBUTE_RANGE_SIZE:
-      *static_cast<std::size_t*>(data) = physical->num_bytes();
-      return CUDA_SUCCESS;
-    default:
-      return CUDA_ERROR_NOT_SUPPORTED;
-  }
 }
 
 }  // namespace
@@ -174,9 +152,4 @@ CUresult cuMemFreeHost(void* p) {
   if (allocations().host.erase(p) == 0) return CUDA_ERROR_INVALID_VALUE;
   std::free(p);
   return CUDA_SUCCESS;
-}
-
-CUresult cuPointerGetAttribute(void* data, CUpointer_attribute attribute, CUdeviceptr ptr) {
-  STANDIN_ENTER();
-  return standin::pointer_attribute(data, attribute, ptr);
 }

@@ -70,7 +70,7 @@ class AddressSpace {
   CUresult get_access(CUdeviceptr address, CUdevice device, unsigned long long* flags);
 
   // What is mapped at `address`, or null.
-  std::shared_ptr<Physical> physical_at(CUdeviceptr address, CUdeviceptr* start = nullptr);
+  std::shared_ptr<Physical> physical_at(CUdeviceptr address);
 
   // Whether a copy or a memset may touch these bytes. Addresses outside the arena are the host's
   // and taken on trust.
