@@ -103,28 +103,41 @@ def available_memory_bytes() -> int:
     return min(pool.available_bytes for pool in memory_pools())
 
 
-def check_group_memory(group: Group, plan: MemoryPlan) -> None:
-    """Refuse ``plan`` if the ranks, all of one machine, cannot hold it.
+GroupPools = Mapping[int, Sequence[MemoryPool]]
+"""By rank, the pools of memory that it draws on."""
 
-    Every rank calls it, before any takes memory. They take it at the same time, so each pool of memory
-    (the machine's, or a control group's limit) is compared with what all the ranks that draw on it
-    need together. Every rank decides on the same figures, and comes to the same end. A rank that
-    rejoins is compared alone: the others have taken theirs.
+
+def group_memory_pools(group: Group) -> GroupPools:
+    """What memory there is for the ranks, all of one machine. Every rank calls it, before any takes memory.
+
+    A rank that rejoins looks at its own alone: the others have taken theirs.
 
     Raises:
-        NotEnoughMemoryError: the text names the sum needed, what is available, and what to change.
         GroupError: a peer failed or did not answer.
     """
     pools = memory_pools()
-    by_rank = {group.rank: pools}
-    if not group.incarnation:
-        published = group.exchange("memory pools", json.dumps(pools).encode())
-        by_rank = {
-            rank: [MemoryPool(*pool) for pool in json.loads(raw)]
-            for rank, raw in enumerate(published)
+    if group.incarnation:
+        return {group.rank: pools}
+    published = group.exchange("memory pools", json.dumps(pools).encode())
+    return {
+        rank: [MemoryPool(*pool) for pool in json.loads(raw)] for rank, raw in enumerate(published)
+    }
+
+
+def check_group_memory(group_pools: GroupPools, plan: MemoryPlan) -> None:
+    """Refuse ``plan`` if the ranks cannot hold it.
+
+    They take memory at the same time, so each pool (the machine's, or a control group's limit) is
+    compared with what all the ranks that draw on it need together. Every rank decides on the same
+    figures, and comes to the same end.
+
+    Raises:
+        NotEnoughMemoryError: the text names the sum needed, what is available, and what to change.
+    """
+    for key in dict.fromkeys(pool.key for pools in group_pools.values() for pool in pools):
+        seen = {
+            rank: pool for rank, pools in group_pools.items() for pool in pools if pool.key == key
         }
-    for key in dict.fromkeys(pool.key for pools in by_rank.values() for pool in pools):
-        seen = {rank: pool for rank, pools in by_rank.items() for pool in pools if pool.key == key}
         _check_pool(plan, seen)
 
 

@@ -12,7 +12,12 @@ from dwdp.config import DwdpConfig
 from dwdp.fabric import create_fabric
 from dwdp.fabric.base import Fabric
 from dwdp.group import Group
-from dwdp.memory_plan import ExpertTensorSize, check_group_memory, plan_memory
+from dwdp.memory_plan import (
+    ExpertTensorSize,
+    check_group_memory,
+    group_memory_pools,
+    plan_memory,
+)
 from dwdp.perf.demand import LayerFetch, crossover_tokens
 from dwdp.perf.hardware import find_hardware
 from dwdp.pipeline import Pipeline, PipelineStats, PreparedLayer, assign_slots
@@ -61,7 +66,8 @@ class DwdpRuntime:
         runtime.begin(layer, indices); ...; runtime.end(layer)   # around every read of them
         runtime.detach()
 
-    After ``attach`` no call waits for another rank. ``begin`` and ``end`` are for one thread.
+    Every rank makes one, and ``attach`` waits for all of them; ``allocate`` does not. After ``attach`` no
+    call waits for another rank. ``begin`` and ``end`` are for one thread.
 
     Args:
         group: the ranks; ``group.size`` must equal ``config.dwdp_size``.
@@ -85,6 +91,9 @@ class DwdpRuntime:
         if self._fabric.name == "host" and not group.is_one_host:
             raise ValueError("the host fabric shares memory, so all ranks must run on one host")
         self.fetch_mode = self._resolve_fetch_mode()
+        # Here and not in allocate(), which may run where only one rank at a time can: in a lock of the
+        # engine, if ranks are threads.
+        self._memory_pools = group_memory_pools(group) if self._fabric.name == "host" else {}
         self._weights: ExpertWeights | None = None
         self._staging: Staging | None = None
         self._tensors: list[dict[str, torch.Tensor]] = []
@@ -103,7 +112,6 @@ class DwdpRuntime:
             ValueError: the experts cannot be placed.
             NotEnoughMemoryError: resident experts and staging slots of the group need more memory than
                 is available (host fabric). Nothing has been taken.
-            GroupError: a peer failed or did not answer in time (host fabric).
             FabricError: the memory is not there.
         """
         if self._weights is not None:
@@ -233,7 +241,7 @@ class DwdpRuntime:
             staged=self.fetch_mode != "direct",
             granularity=self._fabric.granularity,
         )
-        check_group_memory(self.group, plan)
+        check_group_memory(self._memory_pools, plan)
 
     def _stage(self) -> Pipeline:
         assert self._weights is not None

@@ -19,6 +19,7 @@ from dwdp.memory_plan import (
     MemoryPlan,
     NotEnoughMemoryError,
     check_group_memory,
+    group_memory_pools,
     plan_memory,
 )
 from dwdp.runtime import DwdpRuntime
@@ -190,7 +191,7 @@ def test_a_rank_that_rejoins_is_compared_alone(monkeypatch: pytest.MonkeyPatch) 
         )
         group = Group.single()
         group.rank, group.incarnation = 1, 1
-        check_group_memory(group, plan)
+        check_group_memory(group_memory_pools(group), plan)
 
     rejoin(4 * PAGE)
     with pytest.raises(NotEnoughMemoryError, match=r"1 rank\(s\) need"):
@@ -205,7 +206,7 @@ def test_a_refusal_names_gibibytes() -> None:
         match=r"1 rank\(s\) need 6291456.00 GiB: 1048576.00 GiB of dense weights, 3145728.00 GiB of "
         r"resident experts and 2097152.00 GiB of staging slots; \d+\.\d\d GiB are available on this",
     ):
-        check_group_memory(Group.single(), plan)
+        check_group_memory(group_memory_pools(Group.single()), plan)
 
 
 def test_more_than_the_machine_has_is_bad_input_and_a_lack_of_memory() -> None:
