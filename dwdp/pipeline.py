@@ -17,7 +17,8 @@ just the activated experts, in compute order, so that neither hazard arises. Suc
 whole layer, and the next step that is staged fetches anew.
 
 Compute that is captured into a graph runs again later without this module's knowledge. From the first
-capture on, no forward relies on what an earlier one left in the slots: each fetches all it reads.
+capture on, no forward relies on what an earlier one left in the slots: each fetches all it reads. A
+graph therefore has to hold a whole forward.
 """
 
 from __future__ import annotations
@@ -206,7 +207,8 @@ class Pipeline:
     def _notice_forward(self, layer: int) -> None:
         """Forget what the slots hold where a graph may have overwritten it since."""
         is_capturing = self._fabric.is_capturing()
-        is_new_forward = layer <= self._previous_layer or is_capturing != self._is_capturing
+        follows = layer == self._previous_layer + 1
+        is_new_forward = not follows or is_capturing != self._is_capturing
         self._previous_layer = layer
         self._is_capturing = is_capturing
         self._has_captured = self._has_captured or is_capturing

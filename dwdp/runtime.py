@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dwdp.config import DwdpConfig
 from dwdp.fabric import create_fabric
-from dwdp.fabric.base import Fabric
+from dwdp.fabric.base import Fabric, FabricError
 from dwdp.group import Group
 from dwdp.memory_plan import (
     ExpertTensorSize,
@@ -165,6 +165,8 @@ class DwdpRuntime:
                 compute device. Steps that fetch on demand need it; without it, all remote experts
                 are fetched.
         """
+        if self._stats is not None:
+            raise RuntimeError("begin() after detach(): the experts' memory has been given back")
         if self._pipeline is not None:
             self._pipeline.begin(layer, indices)
 
@@ -182,8 +184,10 @@ class DwdpRuntime:
         """Counters so far; after ``detach``, those at its time."""
         if self._stats is not None:
             return self._stats
+        return self._stats_with(self._pipeline.stats if self._pipeline else PipelineStats())
+
+    def _stats_with(self, pipeline: PipelineStats) -> RuntimeStats:
         weights = self._weights
-        pipeline = self._pipeline.stats if self._pipeline is not None else PipelineStats()
         return RuntimeStats(
             fetch_mode=self.fetch_mode,
             resident_expert_bytes=weights.resident_bytes if weights is not None else 0,
@@ -202,7 +206,12 @@ class DwdpRuntime:
         Composite tensors that are still referenced keep their mapping until they are dropped.
         """
         if self._stats is None:
-            self._stats = self.stats()
+            try:
+                self._stats = self.stats()
+            except (
+                FabricError
+            ):  # A failed device cannot be asked; memory is given back all the same.
+                self._stats = self._stats_with(PipelineStats())
         if self._pipeline is not None:
             self._pipeline.close()
             self._pipeline = None

@@ -116,6 +116,10 @@ def serve(model_dir: Path, **values: Any) -> int:
     settings = _model_from_options(RouterSettings, values)
     if any(not key.strip() for key in values["api_keys"]):
         raise click.BadParameter("a key is empty", param_hint="--api-key")
+    if "DWDP_API_KEY" in os.environ and not values["api_keys"]:
+        raise click.BadParameter(
+            "it is set but holds no key; unset it to serve without one", param_hint="DWDP_API_KEY"
+        )
     logging.basicConfig(level=logging.INFO, format="dwdp: %(message)s")
     check_servable(model_dir, config, values["dtype"])
     launcher = TransformersRanks(

@@ -204,3 +204,20 @@ class Fabric(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop serving. Regions and ranges handed out before stay valid. Idempotent."""
+
+
+def checked_indices(indices: torch.Tensor, device_type: str) -> torch.Tensor:
+    """``indices`` in one piece, after checking that a copy engine can read them where it runs.
+
+    Raises:
+        ValueError: they are no int32 or int64, or on another kind of device.
+    """
+    if (
+        str(indices.dtype) not in ("torch.int32", "torch.int64")
+        or indices.device.type != device_type
+    ):
+        raise ValueError(
+            f"the router's choice is {indices.dtype} on {indices.device}: it has to be int32 or int64 "
+            f"on the compute device ({device_type})"
+        )
+    return indices.contiguous()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dwdp import _C
-from dwdp.fabric.base import Fabric, FabricError, Region
+from dwdp.fabric.base import Fabric, FabricError, Region, checked_indices
 from dwdp.fabric.cuda_devices import CudaDeviceInfo, list_devices
 from dwdp.fabric.descriptor_limit import raise_descriptor_limit
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 class TorchCompute:
     """Compute as torch submits it to one device: its current stream, and tensors over our memory."""
+
+    device_type = "cuda"
 
     def __init__(self, ordinal: int) -> None:
         import torch
@@ -103,7 +105,7 @@ class CudaCopyEngine(_C.CudaCopyEngine):
 
         Nothing is read back to the host.
         """
-        indices = indices.contiguous()
+        indices = checked_indices(indices, self._compute.device_type)
         super().fetch_activated(
             demand,
             indices.data_ptr(),

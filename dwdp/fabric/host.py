@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dwdp import _C
-from dwdp.fabric.base import Fabric, FabricError, Region
+from dwdp.fabric.base import Fabric, FabricError, Region, checked_indices
 from dwdp.fabric.descriptor_limit import raise_descriptor_limit
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class HostCopyEngine(_C.HostCopyEngine):
     ) -> None:
         """Copy the experts that ``indices`` (int32 or int64, on the CPU) names; they are there at once."""
         start = time.perf_counter()
-        indices = indices.contiguous()
+        indices = checked_indices(indices, "cpu")
         self.demanded_bytes += super().fetch_activated(
             demand, indices.data_ptr(), indices.numel(), indices.itemsize
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dwdp.config import DwdpConfig
 from dwdp.fabric.cuda_devices import list_devices
+from dwdp.launch import discover_launch
 from dwdp.memory_plan import (
     ExpertTensorSize,
     MemoryPlan,
@@ -143,10 +144,15 @@ def check_memory(plan: MemoryPlan, available_bytes: int) -> None:
 
 
 def check_device_memory(plan: MemoryPlan) -> None:
-    """Raises ValueError if the ranks that share a GPU need more than it has."""
+    """Raises ValueError if the ranks that share a GPU need more than it has.
+
+    A launcher may show every rank a GPU of its own: there, only that one is found.
+    """
     devices = list_devices()
     if not devices:
         raise ValueError("--device cuda: there is no GPU that this process may use")
+    if discover_launch() is not None:
+        return
     for device in devices:
         ranks = range(device.ordinal, len(plan.dense_bytes), len(devices))
         needed = sum(

@@ -51,6 +51,8 @@ def random_lanes(
 class StandinCompute:
     """Compute of the stand-in's device: one stream, and tensors of its memory, which the host can touch."""
 
+    device_type = "cpu"
+
     def __init__(self, driver: Driver, stream: Stream) -> None:
         self._driver = driver
         self._stream = stream

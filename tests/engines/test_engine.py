@@ -178,6 +178,40 @@ def test_a_staged_model_refuses_to_be_trained(tmp_path: Path) -> None:
     on_ranks(config, lambda group: load(checkpoint, group, config), check)
 
 
+@pytest.mark.parametrize("mode", ["staged", "demand", "direct"])
+def test_what_shared_experts_do_not_stand_is_refused(tmp_path: Path, mode: str) -> None:
+    checkpoint = make_checkpoint("qwen3_moe", tmp_path / "model")
+    original = whole_model(checkpoint)
+    weights = original.state_dict()
+    config = DwdpConfig(dwdp_size=2, fetch_mode=mode)
+
+    def body(group: Group) -> None:
+        model = copy.deepcopy(original)
+        with attach(model, group, config):
+            with pytest.raises(RuntimeError, match="read-only: detach the model"):
+                model.load_state_dict(weights)
+            if mode == "direct":
+                for name, value in model.state_dict().items():
+                    assert torch.equal(value, weights[name])
+            else:
+                for copied in (model.state_dict, model.model.layers[0].mlp.experts.bfloat16):
+                    with pytest.raises(RuntimeError, match="staged experts cannot be copied"):
+                        copied()
+            logits(model)
+        model.load_state_dict(weights)
+        assert torch.equal(logits(model.float()), logits(original))
+
+    run_ranks(2, body)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_tokens_are_exact_on_demand(tmp_path: Path, num_ranks: int) -> None:
+    checkpoint = make_checkpoint("gpt_oss", tmp_path / "model")
+    expected = Expected(whole_model(checkpoint))
+    config = DwdpConfig(dwdp_size=num_ranks, fetch_mode="demand")
+    on_ranks(config, lambda group: load(checkpoint, group, config), expected.check)
+
+
 def test_an_exception_in_a_forward_leaves_the_ring_usable(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("qwen3_moe", tmp_path / "model")
     expected = Expected(whole_model(checkpoint))

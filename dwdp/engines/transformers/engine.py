@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
@@ -33,7 +33,7 @@ class Attachment:
     """A model whose experts are shared out over a group. A context manager that detaches.
 
     Attributes:
-        model: runs as before; ``generate`` and all the rest work.
+        model: runs as before. Its experts are read-only; staged, they cannot be saved or converted.
         runtime: its experts' memory and counters.
         load_report: bytes, time and peak memory of loading; None for a model that was loaded before.
     """
@@ -49,12 +49,11 @@ class Attachment:
         A model given to :func:`attach` gets its experts back as ordinary parameters, copied from the
         group's memory; one that :func:`load` made is left without experts, on the meta device.
         """
-        try:
+        with ExitStack() as undone:  # every one, whatever goes wrong in another
+            undone.callback(self.runtime.detach)
             for undo in self._undo:
-                undo()
-        finally:
+                undone.callback(undo)
             self._undo.clear()
-            self.runtime.detach()
 
     def __enter__(self) -> Attachment:
         return self
@@ -124,6 +123,10 @@ def attach(model: PreTrainedModel, group: Group, config: DwdpConfig) -> Attachme
 def _attaching(group: Group, config: DwdpConfig, device: torch.device) -> Iterator[DwdpRuntime]:
     """A runtime to load into; attached when the body ends, given up when anything goes wrong."""
     with group.setting_up():
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(
+                f"the model is on device {str(device)!r}: move it to the CPU or a GPU first"
+            )
         if device.type == "cuda":
             torch.cuda.set_device(device)
             fabric = create_fabric("cuda", ordinal=device.index, across_hosts=not group.is_one_host)
@@ -216,8 +219,10 @@ def _install(
     for name, composite in runtime.tensors(index).items():
         module.register_parameter(name, nn.Parameter(composite, requires_grad=False))
     unbracket = _bracket_forward(module, runtime, index) if runtime.is_staged else None
+    unguard = _guard_parameters(module, is_staged=runtime.is_staged)
 
     def undo() -> None:
+        unguard()
         if unbracket is not None:
             unbracket()
         if restore_copies:
@@ -232,15 +237,47 @@ def _install(
     return undo
 
 
+def _guard_parameters(module: nn.Module, *, is_staged: bool) -> Callable[[], None]:
+    """Refuse what composite tensors do not stand; returns what undoes it.
+
+    They are mapped read-only: a write would end the process with SIGSEGV. Where remote experts are
+    staged they are there between ``begin`` and ``end`` alone: a copy would be of something else.
+    """
+
+    def refuse_load(*_: Any) -> None:
+        raise RuntimeError(
+            "shared experts are read-only: detach the model before loading weights into it"
+        )
+
+    def refuse_copy(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(
+            "staged experts cannot be copied, saved or converted: detach the model first, or use "
+            "fetch_mode='direct'"
+        )
+
+    guards = [module.register_load_state_dict_pre_hook(refuse_load)]
+    if is_staged:
+        guards.append(module.register_state_dict_pre_hook(refuse_copy))
+        module._apply = refuse_copy  # type: ignore[method-assign]
+
+    def undo() -> None:
+        for guard in guards:
+            guard.remove()
+        module.__dict__.pop("_apply", None)
+
+    return undo
+
+
 def _bracket_forward(module: nn.Module, runtime: DwdpRuntime, index: int) -> Callable[[], None]:
     """Put ``begin`` and ``end`` around the module's forward; returns what undoes it."""
     forward = module.forward
     previous = module.__dict__.get("forward")
-    # Every expert module is called with hidden states first and the router's choice second.
-    choice_name = list(inspect.signature(forward).parameters)[1]
+    # Every expert module takes hidden states first and the router's choice second. Asked of the class:
+    # the forward in place may be a user's own.
+    choice_name = list(inspect.signature(type(module).forward).parameters)[2]
 
     def staged_forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(_needs_grad(value) for value in args):
+        if torch.is_grad_enabled() and any(map(_needs_grad, (*args, *kwargs.values()))):
             raise RuntimeError(
                 "staged experts are for inference: their slot is refilled before a backward pass would "
                 "read it. Run the model under torch.inference_mode(), or use fetch_mode='direct'"

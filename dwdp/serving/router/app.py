@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -187,9 +188,8 @@ class Router:
             while not self._ended.is_set():
                 document = snapshot(self._table, self.balancer, self._model.id)
                 yield b"data: " + json.dumps(document).encode() + b"\n\n"
-                ended = asyncio.ensure_future(self._ended.wait())
-                await asyncio.wait({ended}, timeout=PAGE_INTERVAL_S)
-                ended.cancel()
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._ended.wait(), PAGE_INTERVAL_S)
         finally:
             self._num_watchers -= 1
 

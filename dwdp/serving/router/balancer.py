@@ -287,12 +287,20 @@ class Balancer:
 
 
 def window(rank: Rank) -> int:
-    """Sequences that ``rank`` may hold: those it generates at a time, and a quarter more to go on with."""
+    """Sequences that ``rank`` may hold: those it generates at a time, and a quarter more to go on with.
+
+    Never more than it lets wait.
+    """
     limits = rank.stats.get("limits")
-    max_running = limits.get("max_running") if isinstance(limits, dict) else None
+    limits = limits if isinstance(limits, dict) else {}
+    max_running = limits.get("max_running")
     if not isinstance(max_running, int) or max_running < 1:
         max_running = DEFAULT_MAX_RUNNING
-    return max_running + math.ceil(max_running / 4)
+    reserve = math.ceil(max_running / 4)
+    max_waiting = limits.get("max_waiting")
+    if isinstance(max_waiting, int) and max_waiting >= 0:
+        reserve = min(reserve, max_waiting)
+    return max_running + reserve
 
 
 def _fail(waiter: _Waiter, error: ApiError) -> None:

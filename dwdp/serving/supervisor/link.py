@@ -73,7 +73,11 @@ class RankLink:
         async with self._session.get(
             self.endpoint.stats_path, timeout=aiohttp.ClientTimeout(total=timeout_s)
         ) as response:
-            body = await response.content.read(_MAX_STATS_BYTES)
+            body = bytearray()
+            async for chunk in response.content.iter_any():
+                body += chunk
+                if len(body) > _MAX_STATS_BYTES:
+                    return {}
             if response.status != 200:
                 return {}
         try:

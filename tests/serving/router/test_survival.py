@@ -211,7 +211,7 @@ def test_clients_that_leave_free_the_rank() -> None:
 def test_full_queues_are_told_with_a_time_to_come_back() -> None:
     with serving(1, max_running=1, max_queued=1) as front, ThreadPoolExecutor(8) as pool:
         # One runs, one more is given to the rank, one waits in the router.
-        asked = [pool.submit(front.complete, f"first=0.7 b{i}", max_tokens=1) for i in range(6)]
+        asked = [pool.submit(front.complete, f"first=5 b{i}", max_tokens=1) for i in range(6)]
         replies = [future.result() for future in asked]
         refused = [reply for reply in replies if reply.status == 429]
         assert len(refused) == 3 and sum(reply.status == 200 for reply in replies) == 3
