@@ -39,6 +39,7 @@ def started(
             processes.start(
                 str(model_dir),
                 dtype="auto",
+                device="cpu",
                 num_threads=1,
                 dispatcher=dispatcher.name,
                 token=dispatcher.token,
@@ -149,7 +150,7 @@ import sys, time
 from dwdp.config import DwdpConfig
 from dwdp.serving.processes import RankProcesses
 processes = RankProcesses(DwdpConfig(dwdp_size=2))
-processes.start("nowhere", dtype="auto", num_threads=1, dispatcher="nobody", token="")
+processes.start("nowhere", dtype="auto", device="cpu", num_threads=1, dispatcher="nobody", token="")
 print(*processes.pids, flush=True)
 time.sleep(60)
 """
