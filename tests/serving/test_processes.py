@@ -17,6 +17,7 @@ from checkpoints import make_checkpoint
 
 from dwdp.config import DwdpConfig
 from dwdp.serving.dispatcher import BadInput, Dispatcher, Outcome, SetupFailed
+from dwdp.serving.environment import rank_environment
 from dwdp.serving.messages import Completion, Request
 from dwdp.serving.processes import RankProcesses
 from dwdp.serving.schedule import MAX_IN_FLIGHT
@@ -137,8 +138,7 @@ def test_the_environment_of_another_launcher_is_not_handed_on(
     ):
         monkeypatch.setenv(name, "77")
     monkeypatch.setenv("HF_HOME", "/hf")
-    processes = RankProcesses(DwdpConfig(dwdp_size=2))
-    environment = processes._environment(1, 3)
+    environment = rank_environment(1, 2, rendezvous="127.0.0.1:1", incarnation=0, num_threads=3)
     assert "77" not in environment.values()
     assert environment["HF_HOME"] == "/hf"
     assert environment["DWDP_RANK"] == "1"
