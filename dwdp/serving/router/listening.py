@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import ipaddress
-import resource
 import socket
 
 _RESERVED_DESCRIPTORS = 256
@@ -47,14 +46,6 @@ def url_of(listener: socket.socket) -> str:
 def is_loopback(listener: socket.socket) -> bool:
     """Whether only this machine can connect."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-
-
-def raise_descriptor_limit() -> int:
-    """Allow this process as many descriptors as it may have; returns how many those are."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
 
 
 def affordable_connections(num_descriptors: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import uvicorn
 
+from dwdp.fabric.descriptor_limit import raise_descriptor_limit
 from dwdp.serving.openai.errors import unavailable
 from dwdp.serving.router.app import Router, send_error
 from dwdp.serving.router.body import Receive
@@ -23,7 +24,6 @@ from dwdp.serving.router.listening import (
     affordable_connections,
     is_loopback,
     listen,
-    raise_descriptor_limit,
     url_of,
 )
 from dwdp.serving.router.settings import RouterSettings
