@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dwdp.serving.rank_server.engine import Engine
 from dwdp.serving.rank_server.timeline import Timeline
+from dwdp.system_memory import peak_rss_bytes, rss_bytes
 
 if TYPE_CHECKING:
     from dwdp.engines.transformers import Attachment
@@ -46,7 +47,6 @@ class Statistics:
         engine, backend = self._engine, self._engine.backend
         counters = engine.counters
         load_report = self._attachment.load_report
-        rss_bytes, peak_rss_bytes = process_memory()
         num_running = engine.num_running
         return {
             "rank": self._facts.rank,
@@ -78,8 +78,8 @@ class Statistics:
                 "kv_cache_tokens": backend.kv_cache_tokens,
             },
             "memory": {
-                "rss_bytes": rss_bytes,
-                "peak_rss_bytes": peak_rss_bytes,
+                "rss_bytes": rss_bytes(),
+                "peak_rss_bytes": peak_rss_bytes(),
                 "dense_bytes": load_report.dense_bytes if load_report is not None else 0,
                 "kv_cache_bytes": backend.kv_cache_bytes,
             },
@@ -87,15 +87,3 @@ class Statistics:
             "load_s": load_report.seconds if load_report is not None else 0.0,
             "timeline": self._timeline.snapshot(),
         }
-
-
-def process_memory() -> tuple[int, int]:
-    """Bytes of this process that are resident, and the most that ever were. Pages shared with peers count."""
-    # Not getrusage(): its maximum also counts the parent's memory, from before this program began.
-    sizes = {"VmRSS": 0, "VmHWM": 0}
-    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-        for line in file:
-            name, _, rest = line.partition(":")
-            if name in sizes:
-                sizes[name] = int(rest.split()[0]) * 1024
-    return sizes["VmRSS"], sizes["VmHWM"]
