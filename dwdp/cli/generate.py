@@ -21,7 +21,14 @@ from rich.console import Console
 
 from dwdp.cli.display import show_progress, summary_table
 from dwdp.cli.main import EXIT_FAILURE
-from dwdp.cli.options import FloatRange, IntRange, config_from_options, config_options
+from dwdp.cli.options import (
+    FloatRange,
+    IntRange,
+    config_from_options,
+    config_options,
+    dtype_option,
+    threads_option,
+)
 from dwdp.cli.rank_command import (
     RankCommand,
     bad_input_is_a_value_error,
@@ -124,13 +131,7 @@ class GenerateOptions:
     "lane_depth",
     "setup_timeout_s",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of the weights in memory; auto keeps the checkpoint's.",
-)
+@dtype_option
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
@@ -138,11 +139,7 @@ class GenerateOptions:
     show_default=True,
     help="What the ranks compute on. cuda: a GPU each, in turn; ranks share them if there are fewer.",
 )
-@click.option(
-    "--threads-per-rank",
-    type=IntRange(min=1, max=1024),
-    help="Compute threads of each rank. Default: the cores, shared out evenly.",
-)
+@threads_option
 @click.option(
     "--port",
     type=IntRange(min=0, max=65535),

@@ -136,3 +136,18 @@ def _bounds(metadata: list[Any]) -> dict[str, Any]:
         elif isinstance(item, annotated_types.Lt):
             bounds.update(max=item.lt, max_open=True)
     return bounds
+
+
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
+    default="auto",
+    show_default=True,
+    help="Of the weights in memory; auto keeps the checkpoint's.",
+)
+
+threads_option = click.option(
+    "--threads-per-rank",
+    type=IntRange(min=1, max=1024),
+    help="Compute threads of each rank. Default: the cores, shared out evenly.",
+)

@@ -17,7 +17,9 @@ from dwdp.cli.options import (
     bad_parameter,
     config_from_options,
     config_options,
+    dtype_option,
     field_option,
+    threads_option,
 )
 from dwdp.config import DwdpConfig
 from dwdp.serving.rank_server.options import RankOptions
@@ -93,18 +95,8 @@ def _model_from_options(model: type[_Model], options: Mapping[str, Any]) -> _Mod
 )
 @_model_options(RankOptions, *_SHARED)
 @_model_options(RouterSettings)
-@click.option(
-    "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
-    default="auto",
-    show_default=True,
-    help="Of the weights in memory; auto keeps the checkpoint's.",
-)
-@click.option(
-    "--threads-per-rank",
-    type=IntRange(min=1, max=1024),
-    help="Compute threads of each rank. Default: the cores, shared out evenly.",
-)
+@dtype_option
+@threads_option
 def serve(model_dir: Path, **values: Any) -> int:
     """Serve the mixture-of-experts checkpoint in MODEL_DIR to OpenAI clients.
 
