@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 import traceback
@@ -152,6 +153,8 @@ def cli(settings: Settings, debug: bool) -> None:
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``dwdp`` with ``args`` (the process's own by default) and exit."""
     signal.signal(signal.SIGTERM, _end)
+    # A rank that ends takes its store along: torch would print a C++ trace beside the one-line error.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(run(sys.argv[1:] if args is None else args))
 
 
