@@ -86,16 +86,19 @@ class HostCopyEngine:
         self,
         lanes: Sequence[Sequence[tuple[int, int, int]]],
         ranges: Sequence[HostAddressRange] = (),
+        layer: int = 0,
     ) -> HostFetch: ...
     def submit(self, fetch: HostFetch, *, after: Event | None, done: Event) -> None: ...
     def prepare_demand(
         self,
         experts: Sequence[Sequence[tuple[int, int, int]]],
         ranges: Sequence[HostAddressRange] = (),
+        layer: int = 0,
     ) -> HostDemand: ...
     def fetch_activated(
         self, demand: HostDemand, indices: int, num_indices: int, index_bytes: int
     ) -> int: ...
+    def drain_spans(self) -> list[list[tuple[float, float, int, int]]]: ...
     def close(self) -> None: ...
 
 class CudaDevice:

@@ -27,6 +27,12 @@ class DwdpConfig(BaseModel):
         le=MAX_RANKS,
         description="Ranks in the group; together they hold every expert.",
     )
+    num_groups: int = Field(
+        default=1,
+        ge=1,
+        description="Groups that one launcher starts side by side, each with every expert; it starts "
+        "num_groups x dwdp_size ranks, the first group's first.",
+    )
     num_experts_per_worker: int | None = Field(
         default=None,
         ge=1,
@@ -68,6 +74,12 @@ class DwdpConfig(BaseModel):
     )
     lane_depth: int = Field(
         default=1, ge=1, le=16, description="Slices in flight per source (staged)."
+    )
+    contention_opt: bool = Field(
+        default=True,
+        description="Read from all sources at once, in slices and in rotated order, so that no two ranks "
+        "start on the same source (staged). Without it one source is read after the other, whole and in "
+        "the order of ranks, and slice_bytes and num_lanes do nothing.",
     )
     setup_timeout_s: float = Field(
         default=600.0,

@@ -15,6 +15,9 @@ other, no two of them start on the same source::
 A lane that reads bytes 6-20 of one tensor and 0-4 of the next in slices of 8 is
 ``[6, 8) [8, 16) [16, 20)`` of the first and ``[0, 4)`` of the second: cuts are at multiples of
 ``slice_bytes``, so that most slices are aligned and all ranks cut alike.
+
+A plain plan has one lane, reads one source after the other in the order of ranks, and cuts nothing: every
+rank starts on the lowest peer. It is what the rest is measured against.
 """
 
 from __future__ import annotations
@@ -46,13 +49,13 @@ class FetchPlan:
     Attributes:
         rank: the rank that fetches.
         num_ranks: ranks of the group.
-        slice_bytes: the largest slice, in bytes.
-        lanes: the slices of each source that has any, in rotated order.
+        slice_bytes: the largest slice, in bytes. None: a plain plan, whose slices are not cut.
+        lanes: the slices of each source that has any, in rotated order (plain: by rank).
     """
 
     rank: int
     num_ranks: int
-    slice_bytes: int
+    slice_bytes: int | None
     lanes: tuple[tuple[Slice, ...], ...]
 
     @property
@@ -69,9 +72,30 @@ class FetchPlan:
         peers = ((self.rank + step) % self.num_ranks for step in range(1, self.num_ranks))
         return zip_longest(*(lanes.get(peer, ()) for peer in peers))
 
+    def shared_out(self, num_lanes: int) -> list[list[Slice]]:
+        """The slices of each of ``num_lanes`` lanes of a copy engine, in order.
 
-def build_fetch_plan(rank: int, layouts: Sequence[TensorLayout], slice_bytes: int) -> FetchPlan:
+        Sources share a lane when there are more sources than lanes; their slices then alternate. A plain
+        plan uses the first lane only.
+        """
+        lanes: list[list[Slice]] = [[] for _ in range(num_lanes)]
+        if self.slice_bytes is None:
+            lanes[0].extend(part for lane in self.lanes for part in lane)
+            return lanes
+        for entries in self.rounds():
+            for position, part in enumerate(entries):
+                if part is not None:
+                    lanes[position % num_lanes].append(part)
+        return lanes
+
+
+def build_fetch_plan(
+    rank: int, layouts: Sequence[TensorLayout], slice_bytes: int | None
+) -> FetchPlan:
     """Plan the fetch of a layer whose expert tensors have ``layouts``, in this order.
+
+    Args:
+        slice_bytes: the largest slice; None makes a plain plan.
 
     Raises:
         ValueError: no layouts, layouts of groups of different size, a rank outside the group, or
@@ -88,14 +112,17 @@ def build_fetch_plan(rank: int, layouts: Sequence[TensorLayout], slice_bytes: in
             )
     if not 0 <= rank < num_ranks:
         raise ValueError(f"Rank {rank} is not in a group of {num_ranks} ranks.")
-    if slice_bytes < 1:
+    if slice_bytes is not None and slice_bytes < 1:
         raise ValueError(f"slice_bytes is {slice_bytes}: use at least 1.")
 
-    lanes: dict[int, list[Slice]] = {(rank + step) % num_ranks: [] for step in range(1, num_ranks)}
+    first = 0 if slice_bytes is None else rank + 1
+    lanes: dict[int, list[Slice]] = {(first + step) % num_ranks: [] for step in range(num_ranks)}
     for tensor, layout in enumerate(layouts):
         for source, start, stop in _runs(layout, rank):
             while start < stop:
-                end = min(stop, (start // slice_bytes + 1) * slice_bytes)
+                end = stop
+                if slice_bytes is not None:
+                    end = min(stop, (start // slice_bytes + 1) * slice_bytes)
                 lanes[source].append(Slice(source, tensor, start, end - start))
                 start = end
     return FetchPlan(

@@ -23,11 +23,13 @@ graph therefore has to hold a whole forward.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dwdp.fabric.base import CopyEngine, Event, Fabric
+from dwdp.observability.spans import Span, WaitLog
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +98,8 @@ class Pipeline:
 
     ``begin`` and ``end`` are called around every read of a layer's composite tensors, by one thread.
     Layers may run in any order, be skipped or be repeated; in the order 0, 1, 2, ... they find
-    their experts fetched.
+    their experts fetched. A layer whose tokens are computed in parts, on several streams, begins once
+    in each part and ends once, where the streams have joined.
 
     Args:
         fabric: makes the events.
@@ -131,6 +134,7 @@ class Pipeline:
         self._is_capturing = False
         self._has_captured = False
         self._num_fetches = self._num_demands = self._num_refetches = self._staged_bytes = 0
+        self._waits = WaitLog()
 
     @property
     def num_slots(self) -> int:
@@ -149,6 +153,13 @@ class Pipeline:
             num_refetches=self._num_refetches,
         )
 
+    def drain_spans(self) -> list[Span]:
+        """When lanes copied and when ``begin`` stood still, since the last call. For any thread.
+
+        Waits on the device, and copies of an engine that cannot tell, are not in it.
+        """
+        return self._engine.drain_spans() + self._waits.drain()
+
     def start(self) -> None:
         """Fill every slot with the first layer that uses it."""
         for slot in range(len(self._staged)):
@@ -162,6 +173,9 @@ class Pipeline:
                 compute device. Without it nothing is fetched on demand.
         """
         slot = self._slots[layer]
+        if self._reader[slot] == layer:
+            self._join(layer)
+            return
         self._check_free(layer)
         self._notice_forward(layer)
         self._on_demand[slot] = (
@@ -170,14 +184,15 @@ class Pipeline:
             and self._layers[layer].demand is not None
         )
         if self._staged[slot] != layer and self._on_demand[slot]:
-            self._ready[slot].wait()
-            self._engine.fetch_activated(self._layers[layer].demand, indices)  # type: ignore[arg-type]
+            self._wait_until_ready(slot, layer)
+            waited_s = self._engine.fetch_activated(self._layers[layer].demand, indices)  # type: ignore[arg-type]
+            self._note_wait(layer, waited_s)
             self._staged[slot] = None
             self._num_demands += 1
         else:
             if self._staged[slot] != layer:
                 self._refetch(layer)
-            self._ready[slot].wait()
+            self._wait_until_ready(slot, layer)
         self._reader[slot] = layer
 
     def end(self, layer: int) -> None:
@@ -194,6 +209,16 @@ class Pipeline:
     def close(self) -> None:
         """Let the copies in flight finish and stop the engine. Idempotent."""
         self._engine.close()
+
+    def _join(self, layer: int) -> None:
+        """Let another part of a layer that has begun read what was fetched for the first one."""
+        slot = self._slots[layer]
+        if self._staged[slot] != layer:
+            raise RuntimeError(
+                f"only the experts that the first part of MoE layer {layer} chose were fetched: begin a "
+                "layer that is computed in parts without indices"
+            )
+        self._wait_until_ready(slot, layer)
 
     def _check_free(self, layer: int) -> None:
         reader = self._reader[self._slots[layer]]
@@ -222,9 +247,17 @@ class Pipeline:
             slot = self._slots[upcoming]
             if upcoming == layer or (self._staged[slot] is None and self._reader[slot] is None):
                 # What was fetched for another layer may still be arriving: it must not overtake this.
-                self._ready[slot].wait()
+                self._wait_until_ready(slot, layer)
                 self._free[slot].record()
                 self._fetch(upcoming)
+
+    def _wait_until_ready(self, slot: int, layer: int) -> None:
+        self._note_wait(layer, self._ready[slot].wait())
+
+    def _note_wait(self, layer: int, waited_s: float) -> None:
+        if waited_s > 0:
+            now_s = time.monotonic()
+            self._waits.record(layer, now_s - waited_s, now_s)
 
     def _fetch(self, layer: int) -> None:
         slot = self._slots[layer]

@@ -18,6 +18,7 @@ from dwdp.memory_plan import (
     group_memory_pools,
     plan_memory,
 )
+from dwdp.observability.spans import DEMAND_LANE, Span, fetch_lane
 from dwdp.perf.demand import LayerFetch, crossover_tokens
 from dwdp.perf.hardware import find_hardware
 from dwdp.pipeline import Pipeline, PipelineStats, PreparedLayer, assign_slots
@@ -100,10 +101,16 @@ class DwdpRuntime:
         self._pipeline: Pipeline | None = None
         self._stats: RuntimeStats | None = None
 
-    def allocate(self, layers: Sequence[LayerSpec]) -> ExpertWeights:
+    def allocate(
+        self, layers: Sequence[LayerSpec], *, layer_by_layer: bool = False
+    ) -> ExpertWeights:
         """Take memory for this rank's experts of ``layers`` (in the order of the forward).
 
         Every rank calls it: with the host fabric they first make sure that there is enough for all.
+
+        Args:
+            layer_by_layer: take none yet; the caller calls ``allocate_layer`` of what is returned for
+                every layer, before it loads that layer and before ``attach``.
 
         Returns:
             The memory to load into, through ``destination(layer, name, expert)``.
@@ -120,11 +127,12 @@ class DwdpRuntime:
         if self._fabric.name == "host":
             self._check_memory(layers)
         self._weights = weights
-        try:
-            weights.allocate()
-        except BaseException:
-            self.detach()
-            raise
+        if not layer_by_layer:
+            try:
+                weights.allocate()
+            except BaseException:
+                self.detach()
+                raise
         return weights
 
     def attach(self) -> None:
@@ -179,6 +187,24 @@ class DwdpRuntime:
     def is_staged(self) -> bool:
         """Whether remote experts are copied into slots: ``begin`` and ``end`` have something to do."""
         return self._pipeline is not None
+
+    @property
+    def lanes(self) -> tuple[str, ...]:
+        """The lanes that :meth:`drain_spans` tells of: none in direct mode, or with the CUDA fabric."""
+        if not self._fabric.times_copies:
+            return ()
+        num_lanes = self._num_lanes if self.fetch_mode in ("staged", "auto") else 0
+        demand = (DEMAND_LANE,) if self.fetch_mode in ("demand", "auto") else ()
+        return (*map(fetch_lane, range(num_lanes)), *demand)
+
+    def drain_spans(self) -> list[Span]:
+        """When lanes fetched and compute stood still, since the last call; nothing after ``detach``.
+
+        The spans of one lane are in order and do not overlap. Only the last thousand or so of each are
+        kept. With the CUDA fabric there are none. May be called by any thread.
+        """
+        pipeline = self._pipeline
+        return pipeline.drain_spans() if pipeline is not None else []
 
     def stats(self) -> RuntimeStats:
         """Counters so far; after ``detach``, those at its time."""
@@ -266,19 +292,26 @@ class DwdpRuntime:
             )
         self._staging = Staging(self._fabric, self._weights, slots)
         self._tensors = self._staging.compose()
-        num_lanes = min(self.config.num_lanes or self.group.size, self.group.size - 1)
+        num_lanes = self._num_lanes
+        slice_bytes = self.config.slice_bytes if self.config.contention_opt else None
         engine = self._fabric.copy_engine(num_lanes, self.config.lane_depth)
         prepared = [
             PreparedLayer(
-                engine.prepare(layer.lanes, layer.ranges),
+                engine.prepare(layer.lanes, layer.ranges, index),
                 layer.num_bytes,
                 None
                 if self.fetch_mode == "staged"
-                else engine.prepare_demand(layer.experts, layer.ranges),
+                else engine.prepare_demand(layer.experts, layer.ranges, index),
             )
-            for layer in self._staging.layers(num_lanes, self.config.slice_bytes)
+            for index, layer in enumerate(self._staging.layers(num_lanes, slice_bytes))
         ]
         return Pipeline(self._fabric, engine, prepared, slots, self._demand_max_tokens())
+
+    @property
+    def _num_lanes(self) -> int:
+        if not self.config.contention_opt:
+            return 1
+        return min(self.config.num_lanes or self.group.size, self.group.size - 1)
 
     def _demand_max_tokens(self) -> float:
         """Steps of at most this many tokens fetch on demand."""

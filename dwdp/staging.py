@@ -91,11 +91,8 @@ class Staging:
             composed.append(tensors)
         return composed
 
-    def layers(self, num_lanes: int, slice_bytes: int) -> list[StagedLayer]:
-        """Per layer, what fills its slot. After ``compose``.
-
-        Sources share a lane when there are more sources than lanes; their slices then alternate.
-        """
+    def layers(self, num_lanes: int, slice_bytes: int | None) -> list[StagedLayer]:
+        """Per layer, what fills its slot, in slices as :mod:`dwdp.fetch_plan` has them. After ``compose``."""
         plans: dict[tuple[TensorLayout, ...], FetchPlan] = {}
         staged = []
         for layer, slot in zip(self._weights.tensors, self._slots, strict=True):
@@ -103,23 +100,24 @@ class Staging:
             if layouts not in plans:
                 plans[layouts] = build_fetch_plan(self._weights.rank, layouts, slice_bytes)
             buffers = [self._buffers[slot, key].memory for key in _keys(layer)]
-            lanes: list[list[Copy]] = [[] for _ in range(num_lanes)]
-            for round_ in plans[layouts].rounds():
-                for position, piece in enumerate(round_):
-                    if piece is not None:
-                        copy = self._copy(
-                            layer[piece.tensor],
-                            buffers[piece.tensor],
-                            piece.source,
-                            piece.start,
-                            piece.num_bytes,
-                        )
-                        lanes[position % num_lanes].append(copy)
+            lanes = tuple(
+                tuple(
+                    self._copy(
+                        layer[part.tensor],
+                        buffers[part.tensor],
+                        part.source,
+                        part.start,
+                        part.num_bytes,
+                    )
+                    for part in lane
+                )
+                for lane in plans[layouts].shared_out(num_lanes)
+            )
             experts = self._experts(layer, buffers)
             views = [view for tensor in layer for view in tensor.views.values()]
             staged.append(
                 StagedLayer(
-                    tuple(map(tuple, lanes)),
+                    lanes,
                     experts,
                     (*buffers, *views),
                     plans[layouts].num_bytes,

@@ -1,9 +1,9 @@
 """Expert tensors of one model: resident memory, peers' memory, and composite tensors made of both.
 
-Set-up goes through the steps of :class:`ExpertWeights` in order: ``allocate`` (resident memory, into
-which the engine loads), ``exchange`` (peers map each other's resident memory), ``fill_edges`` (bytes
-of neighbours on pages a rank shares with them), then ``compose_direct``, or the staging slots of
-:mod:`dwdp.staging`.
+Set-up goes through the steps of :class:`ExpertWeights` in order: ``allocate``, or ``allocate_layer`` for
+each layer (resident memory, into which the engine loads), ``exchange`` (peers map each other's resident
+memory), ``fill_edges`` (bytes of neighbours on pages a rank shares with them), then ``compose_direct``, or
+the staging slots of :mod:`dwdp.staging`.
 
 A tensor that fits a page (scales, biases) is held whole by every rank and never fetched. All of those
 lie packed in one region: apart, each would take a page, 2 MiB on a GPU.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -171,7 +171,27 @@ class ExpertWeights:
         Raises:
             FabricError: the memory is not there.
         """
-        for tensor in self._unpacked():
+        for layer in range(len(self.layers)):
+            self.allocate_layer(layer)
+
+    def allocate_layer(self, layer: int) -> None:
+        """Take memory for the resident experts of one layer; with the first, for all small tensors.
+
+        For an engine that has loaded the experts elsewhere: it moves one layer at a time, and so
+        never needs room for a second copy of its share.
+
+        Raises:
+            FabricError: the memory is not there.
+        """
+        if self._pack.tensors and self._pack.tensors[0].home is None:
+            region = self._fabric.allocate(self._pack.num_bytes)
+            home = self._range_of(region, writable=True)
+            for tensor in self._pack.tensors:
+                tensor.resident[0], tensor.home = region, home
+        for tensor in self.tensors[layer]:
+            if is_packed(tensor.layout):
+                continue
+            assert tensor.home is None, "a layer is allocated once"
             layout = tensor.layout
             tensor.home = self._fabric.reserve(layout.mapped_bytes)
             for piece in layout.rank_pieces(self.rank):
@@ -179,16 +199,12 @@ class ExpertWeights:
                 tensor.resident[piece] = self._fabric.allocate(stop - start)
                 tensor.home.map(start, tensor.resident[piece])
             tensor.home.enable_access(writable=True)
-        if self._pack.tensors:
-            region = self._fabric.allocate(self._pack.num_bytes)
-            home = self._range_of(region, writable=True)
-            for tensor in self._pack.tensors:
-                tensor.resident[0], tensor.home = region, home
 
     def destination(self, layer: int, name: str, expert: int) -> torch.Tensor:
         """Where a resident expert of one tensor is loaded to: ``[*expert_shape]`` of its dtype.
 
-        Only between ``allocate`` and ``fill_edges``; drop the view before ``fill_edges``.
+        Only between ``allocate`` (or ``allocate_layer`` of that layer) and ``fill_edges``; drop the
+        view before ``fill_edges``.
 
         Raises:
             KeyError: the layer has no such tensor, or this rank does not store that expert.
@@ -209,7 +225,11 @@ class ExpertWeights:
         Raises:
             GroupError: the ranks load different models or use different options.
             FabricError: a peer's memory cannot be had.
+            RuntimeError: a layer was not allocated.
         """
+        for layer, tensors in zip(self.layers, self.tensors, strict=True):
+            if any(tensor.home is None for tensor in tensors):
+                raise RuntimeError(f"exchange() before allocate_layer() of {layer.name}")
         group = self._group
         digests = group.exchange("model", self._digest())
         differing = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
@@ -363,12 +383,6 @@ class ExpertWeights:
 
     def _regions(self, tensor: MappedTensor, rank: int) -> dict[int, Region]:
         return tensor.resident if rank == self.rank else tensor.imported[rank]
-
-    def _unpacked(self) -> Iterator[MappedTensor]:
-        for layer in self.tensors:
-            for tensor in layer:
-                if not is_packed(tensor.layout):
-                    yield tensor
 
     def _range_of(self, region: Region, *, writable: bool) -> AddressRange:
         memory = self._fabric.reserve(region.num_bytes)

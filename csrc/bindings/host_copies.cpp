@@ -12,6 +12,7 @@ using host::CopyEngine;
 using host::Demand;
 using host::Event;
 using host::Fetch;
+using host::Span;
 
 namespace {
 
@@ -24,6 +25,21 @@ double wait_for_event(const Event& event) {
     while (!event.wait_interruptible(generation)) check_python_signals();
   }
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+using SpanTuple = std::tuple<double, double, std::size_t, std::size_t>;
+
+std::vector<std::vector<SpanTuple>> drain_spans(CopyEngine& engine) {
+  std::vector<std::vector<SpanTuple>> lanes;
+  for (const std::vector<Span>& spans : engine.drain_spans()) {
+    std::vector<SpanTuple>& lane = lanes.emplace_back();
+    lane.reserve(spans.size());
+    for (const Span& span : spans) {
+      lane.emplace_back(static_cast<double>(span.start_ns) * 1e-9,
+                        static_cast<double>(span.end_ns) * 1e-9, span.layer, span.num_bytes);
+    }
+  }
+  return lanes;
 }
 
 }  // namespace
@@ -54,13 +70,14 @@ void register_host_copies(py::module_& module) {
       .def(
           "prepare",
           [](const CopyEngine& engine, const std::vector<std::vector<CopyTuple>>& lanes,
-             const std::vector<const AddressRange*>& ranges) {
+             const std::vector<const AddressRange*>& ranges, std::size_t layer) {
             return std::const_pointer_cast<Fetch>(
-                engine.prepare(to_slices(lanes), keep_mapped(ranges)));
+                engine.prepare(to_slices(lanes), keep_mapped(ranges), layer));
           },
           py::arg("lanes"), py::arg("ranges") = std::vector<const AddressRange*>{},
+          py::arg("layer") = 0,
           "Lay out a fetch: per lane its ``(dst, src, num_bytes)`` slices. It keeps ``ranges`` "
-          "mapped.")
+          "mapped; its spans are of ``layer``.")
       .def(
           "submit",
           [](CopyEngine& engine, std::shared_ptr<Fetch> fetch, std::shared_ptr<Event> after,
@@ -73,12 +90,13 @@ void register_host_copies(py::module_& module) {
       .def(
           "prepare_demand",
           [](const CopyEngine&, const std::vector<std::vector<CopyTuple>>& experts,
-             const std::vector<const AddressRange*>& ranges) {
-            return std::make_shared<Demand>(to_slices(experts), keep_mapped(ranges));
+             const std::vector<const AddressRange*>& ranges, std::size_t layer) {
+            return std::make_shared<Demand>(to_slices(experts), keep_mapped(ranges), layer);
           },
           py::arg("experts"), py::arg("ranges") = std::vector<const AddressRange*>{},
+          py::arg("layer") = 0,
           "Lay out what each expert takes: its ``(dst, src, num_bytes)`` slices. Keeps ``ranges`` "
-          "mapped.")
+          "mapped; its spans are of ``layer``.")
       .def(
           "fetch_activated",
           [](CopyEngine& engine, const Demand& demand, std::uintptr_t indices,
@@ -90,6 +108,9 @@ void register_host_copies(py::module_& module) {
           py::arg("demand"), py::arg("indices"), py::arg("num_indices"), py::arg("index_bytes"),
           "Copy the experts that the integers at address ``indices`` name. Returns the bytes "
           "copied.")
+      .def("drain_spans", &drain_spans,
+           "Per lane, and at last for fetches on demand, ``(start_s, end_s, layer, num_bytes)`` of "
+           "what was copied since the last call.")
       .def("close", &CopyEngine::close, py::call_guard<py::gil_scoped_release>(),
            "Finish what was submitted and end the threads. Idempotent.");
 }

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
@@ -15,14 +16,24 @@
 namespace dwdp::host {
 namespace {
 
+// How far one lane is with its part of a fetch. Under the mutex of the lane.
+struct LanePart {
+  std::int64_t start_ns = 0;
+  std::size_t num_slices_left = 0;
+  std::size_t num_bytes = 0;
+};
+
 // A fetch on its way. Recycled, so that submitting allocates nothing once the pool is warm.
 struct Submission {
+  explicit Submission(std::size_t num_lanes) : parts(num_lanes) {}
+
   std::shared_ptr<const Fetch> fetch;
   std::shared_ptr<Event> after;
   std::uint64_t after_generation = 0;
   std::shared_ptr<Event> done;
   std::uint64_t done_generation = 0;
   std::atomic<std::size_t> num_slices_left{0};
+  std::vector<LanePart> parts;  // per lane
 };
 
 // First-in first-out queue of fixed capacity. A lane's queue never holds more than there are
@@ -55,13 +66,15 @@ struct Lane {
   Queue queue;
   std::size_t next_slice = 0;  // of the queue's front
   bool closing = false;
+  SpanRing spans;
+  std::int64_t last_end_ns = 0;  // of the span recorded last
 };
 
 }  // namespace
 
 Fetch::Fetch(std::vector<std::vector<Copy>> lanes,
-             std::vector<std::shared_ptr<const void>> keep_mapped)
-    : slices_(std::move(lanes), "lane"), keep_mapped_(std::move(keep_mapped)) {}
+             std::vector<std::shared_ptr<const void>> keep_mapped, std::size_t layer)
+    : slices_(std::move(lanes), "lane"), keep_mapped_(std::move(keep_mapped)), layer_(layer) {}
 
 class CopyEngine::State {
  public:
@@ -84,6 +97,7 @@ class CopyEngine::State {
               std::shared_ptr<Event> done);
   std::size_t fetch_activated(const Demand& demand, const void* indices, std::size_t count,
                               std::size_t index_bytes);
+  std::vector<std::vector<Span>> drain_spans();
   void close() noexcept;
 
   bool forked() const noexcept { return getpid() != pid_; }
@@ -96,6 +110,7 @@ class CopyEngine::State {
 
   void run(std::size_t lane_index);
   Copy take_slice(Lane& lane, std::size_t lane_index);
+  void end_slice(Lane& lane, std::size_t lane_index, Submission& submission);
   void push(Lane& lane, Submission* submission);
   void finish(Submission& submission);
   Submission* take_submission();
@@ -114,6 +129,9 @@ class CopyEngine::State {
   std::mutex pool_mutex_;
   std::vector<std::unique_ptr<Submission>> submissions_;
   std::vector<Submission*> free_;
+
+  std::mutex demand_mutex_;  // of threads that fetch on demand among themselves
+  SpanRing demand_spans_;
 };
 
 void CopyEngine::State::grow_pool(std::size_t size) {
@@ -124,7 +142,7 @@ void CopyEngine::State::grow_pool(std::size_t size) {
     lane.queue.reserve(size);
   }
   while (submissions_.size() < size) {
-    submissions_.push_back(std::make_unique<Submission>());
+    submissions_.push_back(std::make_unique<Submission>(lanes_.size()));
     free_.push_back(submissions_.back().get());
   }
 }
@@ -167,9 +185,22 @@ std::size_t CopyEngine::State::fetch_activated(const Demand& demand, const void*
     const std::lock_guard<std::mutex> lock(submit_mutex_);
     DWDP_CHECK(!closing_, "experts were demanded from a closed copy engine");
   }
+  const std::int64_t start_ns = now_ns();
   const std::size_t num_bytes = demand.fetch(indices, count, index_bytes);
   num_bytes_copied_.fetch_add(num_bytes, std::memory_order_relaxed);
+  if (num_bytes > 0) {
+    const std::lock_guard<std::mutex> lock(demand_mutex_);
+    demand_spans_.record({start_ns, now_ns(), demand.layer(), num_bytes});
+  }
   return num_bytes;
+}
+
+std::vector<std::vector<Span>> CopyEngine::State::drain_spans() {
+  std::vector<std::vector<Span>> spans;
+  spans.reserve(lanes_.size() + 1);
+  for (Lane& lane : lanes_) spans.push_back(lane.spans.drain());
+  spans.push_back(demand_spans_.drain());
+  return spans;
 }
 
 void CopyEngine::State::push(Lane& lane, Submission* submission) {
@@ -214,27 +245,42 @@ void CopyEngine::State::run(std::size_t lane_index) {
       std::memcpy(copy.dst, copy.src, copy.num_bytes);
       num_bytes_copied_.fetch_add(copy.num_bytes, std::memory_order_relaxed);
     }
+    lock.lock();
+    if (copy.num_bytes > 0) end_slice(lane, lane_index, submission);
     // Whoever ends the last slice has seen the end of all others, and completes the event.
     if (submission.num_slices_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+      lock.unlock();
       finish(submission);
+      lock.lock();
     }
-    lock.lock();
   }
 }
 
 Copy CopyEngine::State::take_slice(Lane& lane, std::size_t lane_index) {
-  const Fetch& fetch = *lane.queue.front()->fetch;
+  Submission& submission = *lane.queue.front();
+  const Fetch& fetch = *submission.fetch;
   if (fetch.num_slices() == 0) {
     lane.queue.pop();
     return {nullptr, nullptr, 0};
   }
   const std::vector<Copy>& slices = fetch.lanes()[lane_index];
+  LanePart& part = submission.parts[lane_index];
+  if (lane.next_slice == 0) part = {now_ns(), slices.size(), 0};
   const Copy copy = slices[lane.next_slice++];
+  part.num_bytes += copy.num_bytes;
   if (lane.next_slice == slices.size()) {
     lane.queue.pop();
     lane.next_slice = 0;
   }
   return copy;
+}
+
+void CopyEngine::State::end_slice(Lane& lane, std::size_t lane_index, Submission& submission) {
+  LanePart& part = submission.parts[lane_index];
+  if (--part.num_slices_left > 0) return;
+  const std::int64_t start_ns = std::max(part.start_ns, lane.last_end_ns);
+  lane.last_end_ns = now_ns();
+  lane.spans.record({start_ns, lane.last_end_ns, submission.fetch->layer(), part.num_bytes});
 }
 
 void CopyEngine::State::close() noexcept {
@@ -271,11 +317,11 @@ CopyEngine::~CopyEngine() noexcept {
 std::uint64_t CopyEngine::num_bytes_copied() const noexcept { return state_->num_bytes_copied(); }
 
 std::shared_ptr<const Fetch> CopyEngine::prepare(
-    std::vector<std::vector<Copy>> lanes,
-    std::vector<std::shared_ptr<const void>> keep_mapped) const {
+    std::vector<std::vector<Copy>> lanes, std::vector<std::shared_ptr<const void>> keep_mapped,
+    std::size_t layer) const {
   DWDP_CHECK(lanes.size() <= num_lanes_, "a fetch of ", lanes.size(),
              " lanes does not fit a copy engine of ", num_lanes_);
-  return std::make_shared<const Fetch>(std::move(lanes), std::move(keep_mapped));
+  return std::make_shared<const Fetch>(std::move(lanes), std::move(keep_mapped), layer);
 }
 
 void CopyEngine::submit(std::shared_ptr<const Fetch> fetch, std::shared_ptr<Event> after,
@@ -290,6 +336,11 @@ void CopyEngine::submit(std::shared_ptr<const Fetch> fetch, std::shared_ptr<Even
 std::size_t CopyEngine::fetch_activated(const Demand& demand, const void* indices,
                                         std::size_t count, std::size_t index_bytes) {
   return state_->fetch_activated(demand, indices, count, index_bytes);
+}
+
+std::vector<std::vector<Span>> CopyEngine::drain_spans() {
+  if (state_->forked()) return {};
+  return state_->drain_spans();
 }
 
 void CopyEngine::close() noexcept {

@@ -8,6 +8,7 @@
 #include "common/slices.hpp"
 #include "host/demand.hpp"
 #include "host/event.hpp"
+#include "host/span_ring.hpp"
 
 namespace dwdp::host {
 
@@ -15,17 +16,20 @@ namespace dwdp::host {
 // be submitted any number of times.
 class Fetch {
  public:
-  // `keep_mapped`: what the slices' addresses belong to, held as long as the fetch.
+  // `keep_mapped`: what the slices' addresses belong to, held as long as the fetch. `layer`: what
+  // its spans are marked with.
   explicit Fetch(std::vector<std::vector<Copy>> lanes,
-                 std::vector<std::shared_ptr<const void>> keep_mapped = {});
+                 std::vector<std::shared_ptr<const void>> keep_mapped = {}, std::size_t layer = 0);
 
   const std::vector<std::vector<Copy>>& lanes() const noexcept { return slices_.lists(); }
   std::size_t num_slices() const noexcept { return slices_.num_slices(); }
   std::size_t num_bytes() const noexcept { return slices_.num_bytes(); }
+  std::size_t layer() const noexcept { return layer_; }
 
  private:
   Slices slices_;
   std::vector<std::shared_ptr<const void>> keep_mapped_;
+  std::size_t layer_;
 };
 
 // Copies fetches in the background. Each lane has a queue and `lane_depth` threads that take its
@@ -46,9 +50,9 @@ class CopyEngine {
 
   // `lanes`: at most num_lanes of them. Addresses that `keep_mapped` does not hold must stay mapped
   // until the fetch is done.
-  std::shared_ptr<const Fetch> prepare(
-      std::vector<std::vector<Copy>> lanes,
-      std::vector<std::shared_ptr<const void>> keep_mapped = {}) const;
+  std::shared_ptr<const Fetch> prepare(std::vector<std::vector<Copy>> lanes,
+                                       std::vector<std::shared_ptr<const void>> keep_mapped = {},
+                                       std::size_t layer = 0) const;
 
   // Starts `fetch` once the generation of `after` (may be null) issued last has completed, and
   // issues one of `done` that completes with the last slice. Returns at once. Throws FabricError
@@ -60,6 +64,13 @@ class CopyEngine {
   // returns the bytes copied. Throws FabricError after close().
   std::size_t fetch_activated(const Demand& demand, const void* indices, std::size_t count,
                               std::size_t index_bytes);
+
+  // When each lane copied since the last call, and after the lanes fetch_activated(). A lane has
+  // one span for its part of a fetch, from the first slice to the end of the last, which is there
+  // when the fetch is done. The spans of a lane never overlap: where lane_depth lets it begin a
+  // fetch before it has ended another, the one that ends last starts when the other ended. Only the
+  // last SpanRing::kCapacity of each are kept. Empty in a forked child.
+  std::vector<std::vector<Span>> drain_spans();
 
   // Finishes what was submitted and ends the threads. Idempotent.
   void close() noexcept;

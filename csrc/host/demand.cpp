@@ -7,9 +7,10 @@
 namespace dwdp::host {
 
 Demand::Demand(std::vector<std::vector<Copy>> experts,
-               std::vector<std::shared_ptr<const void>> keep_mapped)
+               std::vector<std::shared_ptr<const void>> keep_mapped, std::size_t layer)
     : experts_(std::move(experts), "expert"),
       keep_mapped_(std::move(keep_mapped)),
+      layer_(layer),
       activated_(experts_.lists().size()) {}
 
 std::size_t Demand::fetch(const void* indices, std::size_t count, std::size_t index_bytes) const {

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,13 @@ from dwdp.serving.plan import RunPlan, plan_run
 from dwdp.serving.processes import RankProcesses
 from dwdp.serving.prompts import Prompt, prompts_from_texts, read_prompts
 from dwdp.serving.rank import load_rank, serve_requests
-from dwdp.serving.results import check_writable, completion_lines, make_report, write_files
+from dwdp.serving.results import (
+    check_writable,
+    completion_lines,
+    make_report,
+    trace_of,
+    write_files,
+)
 
 MIN_TEMPERATURE = 0.001
 """Below this, logits divided by the temperature leave the range of half precision."""
@@ -71,6 +77,7 @@ class GenerateOptions:
     prompt_texts: tuple[str, ...]
     output: Path | None
     report: Path | None
+    trace: Path | None
     dtype: str
     device: str
     threads_per_rank: int
@@ -98,6 +105,11 @@ class GenerateOptions:
     "--report",
     type=click.Path(path_type=Path),
     help="Where memory, traffic and speed per rank go, as JSON.",
+)
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    help="Where a timeline of every rank's forwards and fetches goes, as Chrome trace events (Perfetto).",
 )
 @click.option(
     "--max-new-tokens",
@@ -187,10 +199,12 @@ def _check_options(
     config = config_from_options(values)
     if (values["prompts_path"] is None) == (not values["prompt_texts"]):
         raise click.UsageError("give either --prompts FILE or --prompt TEXT")
-    paths = [values["prompts_path"], values["output"], values["report"]]
+    paths = [values["prompts_path"], values["output"], values["report"], values["trace"]]
     resolved = [path.resolve() for path in paths if path is not None]
     if len(set(resolved)) < len(resolved):
-        raise click.UsageError("--prompts, --output and --report have to be different files")
+        raise click.UsageError(
+            "--prompts, --output, --report and --trace have to be different files"
+        )
     cores = len(os.sched_getaffinity(0))
     return GenerateOptions(
         model_dir=values["model_dir"],
@@ -204,6 +218,7 @@ def _check_options(
         prompt_texts=values["prompt_texts"],
         output=values["output"],
         report=values["report"],
+        trace=values["trace"],
         dtype=values["dtype"],
         device=values["device"],
         threads_per_rank=values["threads_per_rank"] or max(1, cores // config.dwdp_size),
@@ -212,11 +227,11 @@ def _check_options(
 
 
 def _plan(options: GenerateOptions) -> RunPlan:
-    for path in (options.output, options.report):
+    for path in (options.output, options.report, options.trace):
         if path is not None:
             check_writable(path)
     quiet_transformers()
-    return plan_run(
+    plan = plan_run(
         options.model_dir,
         options.config,
         _read_prompts(options),
@@ -224,6 +239,9 @@ def _plan(options: GenerateOptions) -> RunPlan:
         dtype=options.dtype,
         device=options.device,
     )
+    if options.trace is None:
+        return plan
+    return replace(plan, requests=tuple(replace(each, trace=True) for each in plan.requests))
 
 
 def _read_prompts(options: GenerateOptions) -> list[Prompt]:
@@ -377,7 +395,7 @@ def _hand_over(
     *,
     launcher: str,
 ) -> None:
-    """Write the completions and the report, and show the table."""
+    """Write the completions, the report and the trace, and show the table."""
     report = make_report(
         plan,
         outcome,
@@ -394,6 +412,8 @@ def _hand_over(
         files[options.output] = lines
     if options.report is not None:
         files[options.report] = report.model_dump_json(indent=2) + "\n"
+    if options.trace is not None:
+        files[options.trace] = trace_of(outcome)
     write_files(files)
     if options.output is None:
         sys.stdout.write(lines)

@@ -15,6 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from dwdp.observability.spans import Span
+
 if TYPE_CHECKING:
     import torch
 
@@ -89,8 +91,12 @@ class Event(Protocol):
     def query(self) -> bool:
         """Whether the generation issued last has completed (true if none was issued)."""
 
-    def wait(self) -> None:
-        """Make compute wait for the generation issued last."""
+    def wait(self) -> float:
+        """Make compute wait for the generation issued last.
+
+        Returns:
+            Seconds that the calling thread stood still: 0 where the wait is the device's.
+        """
 
 
 class CopyEngine(Protocol):
@@ -107,12 +113,15 @@ class CopyEngine(Protocol):
     @property
     def demand_waited_s(self) -> float: ...
 
-    def prepare(self, lanes: Sequence[Sequence[Copy]], ranges: Sequence[Any] = ()) -> Any:
+    def prepare(
+        self, lanes: Sequence[Sequence[Copy]], ranges: Sequence[Any] = (), layer: int = 0
+    ) -> Any:
         """Lay out a fetch once, so that submitting it costs no allocation. Returns an opaque fetch.
 
         Args:
             lanes: the slices of each lane, in order.
             ranges: address ranges that they lie in, which stay mapped at least as long as the fetch.
+            layer: what the fetch's spans are marked with.
         """
 
     def submit(self, fetch: Any, *, after: Event | None, done: Event) -> None:
@@ -121,18 +130,31 @@ class CopyEngine(Protocol):
         Returns at once. Fetches submitted to one engine run in submission order on each lane.
         """
 
-    def prepare_demand(self, experts: Sequence[Sequence[Copy]], ranges: Sequence[Any] = ()) -> Any:
+    def prepare_demand(
+        self, experts: Sequence[Sequence[Copy]], ranges: Sequence[Any] = (), layer: int = 0
+    ) -> Any:
         """Lay out what each expert of a layer takes to fetch (nothing for a resident one).
 
-        Returns an opaque demand. ``ranges`` as in ``prepare``.
+        Returns an opaque demand. ``ranges`` and ``layer`` as in ``prepare``.
         """
 
-    def fetch_activated(self, demand: Any, indices: torch.Tensor) -> None:
+    def fetch_activated(self, demand: Any, indices: torch.Tensor) -> float:
         """Fetch the experts that ``indices`` names, in compute order: what follows finds them there.
 
         Args:
             indices: the router's choice, int32 or int64 of any shape, on the compute device. Ids
                 outside the layer's experts are ignored.
+
+        Returns:
+            Seconds that the calling thread stood still: 0 where the device fetches.
+        """
+
+    def drain_spans(self) -> list[Span]:
+        """When each lane copied, since the last call: one span for a lane's part of a fetch.
+
+        The spans of a lane follow each other and do not overlap. A fetch's spans are there when it is
+        done. Only the last thousand or so of each lane are kept. An engine that cannot tell without
+        slowing compute down returns none. May be called by any thread.
         """
 
     def close(self) -> None:
@@ -146,11 +168,13 @@ class Fabric(ABC):
         name: ``"host"`` or ``"cuda"``.
         granularity: bytes; offsets and sizes of every mapping are multiples of it.
         device_name: what the driver calls the device; empty on the host.
+        times_copies: whether its copy engines tell when they copied, and its events' waits are the host's.
     """
 
     name: str
     granularity: int
     device_name: str = ""
+    times_copies: bool = False
 
     def is_capturing(self) -> bool:
         """Whether compute is being captured into a graph, to run later any number of times."""

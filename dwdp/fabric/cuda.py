@@ -15,6 +15,7 @@ from dwdp import _C
 from dwdp.fabric.base import Fabric, FabricError, Region, checked_indices
 from dwdp.fabric.cuda_devices import CudaDeviceInfo, list_devices
 from dwdp.fabric.descriptor_limit import raise_descriptor_limit
+from dwdp.observability.spans import Span
 
 if TYPE_CHECKING:
     import torch
@@ -84,9 +85,10 @@ class CudaEvent(_C.CudaEvent):
         """Issue a generation that completes when the compute submitted so far has finished."""
         super().record(self._compute.stream())
 
-    def wait(self) -> None:  # type: ignore[override]
-        """Make compute wait on the device; the host goes on at once."""
+    def wait(self) -> float:  # type: ignore[override]
+        """Make compute wait on the device; the host goes on at once, hence 0."""
         super().wait(self._compute.stream())
+        return 0.0
 
 
 class CudaCopyEngine(_C.CudaCopyEngine):
@@ -98,12 +100,30 @@ class CudaCopyEngine(_C.CudaCopyEngine):
         super().__init__(device, num_lanes, lane_depth)
         self._compute = compute
 
+    def prepare(
+        self,
+        lanes: Sequence[Sequence[tuple[int, int, int]]],
+        ranges: Sequence[_C.CudaAddressRange] = (),
+        layer: int = 0,
+    ) -> _C.CudaFetch:
+        """Lay out a fetch. ``layer`` is not used, as there are no spans."""
+        return super().prepare(lanes, ranges)
+
+    def prepare_demand(
+        self,
+        experts: Sequence[Sequence[tuple[int, int, int]]],
+        ranges: Sequence[_C.CudaAddressRange] = (),
+        layer: int = 0,
+    ) -> _C.CudaDemand:
+        """Lay out what each expert takes. ``layer`` as in ``prepare``."""
+        return super().prepare_demand(experts, ranges)
+
     def fetch_activated(  # type: ignore[override]
         self, demand: _C.CudaDemand, indices: torch.Tensor
-    ) -> None:
+    ) -> float:
         """Fetch the experts that ``indices`` (int32 or int64, on the device) names, on the compute stream.
 
-        Nothing is read back to the host.
+        Nothing is read back to the host, which does not wait either, hence 0.
         """
         indices = checked_indices(indices, self._compute.device_type)
         super().fetch_activated(
@@ -113,6 +133,11 @@ class CudaCopyEngine(_C.CudaCopyEngine):
             indices.itemsize,
             self._compute.stream(),
         )
+        return 0.0
+
+    def drain_spans(self) -> list[Span]:
+        """None: copies are not timed one by one, as events that tell the time would slow their streams."""
+        return []
 
 
 class CudaFabric(Fabric):

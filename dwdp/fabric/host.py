@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from dwdp import _C
 from dwdp.fabric.base import Fabric, FabricError, Region, checked_indices
 from dwdp.fabric.descriptor_limit import raise_descriptor_limit
+from dwdp.observability.spans import DEMAND_LANE, Span, fetch_lane
 
 if TYPE_CHECKING:
     import torch
@@ -39,12 +40,13 @@ class HostEvent(_C.HostEvent):
     num_waits = 0
     waited_s = 0.0
 
-    def wait(self) -> None:  # type: ignore[override]
-        """Wait for the generation issued last."""
+    def wait(self) -> float:
+        """Wait for the generation issued last. Returns the seconds waited."""
         seconds = super().wait()
         if seconds > 0:
             self.num_waits += 1
             self.waited_s += seconds
+        return seconds
 
 
 class HostCopyEngine(_C.HostCopyEngine):
@@ -55,14 +57,29 @@ class HostCopyEngine(_C.HostCopyEngine):
 
     def fetch_activated(  # type: ignore[override]
         self, demand: _C.HostDemand, indices: torch.Tensor
-    ) -> None:
-        """Copy the experts that ``indices`` (int32 or int64, on the CPU) names; they are there at once."""
+    ) -> float:
+        """Copy the experts that ``indices`` (int32 or int64, on the CPU) names; they are there at once.
+
+        Returns the seconds that it took.
+        """
         start = time.perf_counter()
         indices = checked_indices(indices, "cpu")
         self.demanded_bytes += super().fetch_activated(
             demand, indices.data_ptr(), indices.numel(), indices.itemsize
         )
-        self.demand_waited_s += time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        self.demand_waited_s += seconds
+        return seconds
+
+    def drain_spans(self) -> list[Span]:  # type: ignore[override]
+        """When each lane copied, and when experts were fetched on demand, since the last call."""
+        *lanes, demands = super().drain_spans()
+        names = [fetch_lane(lane) for lane in range(len(lanes))]
+        return [
+            Span(name, *span)
+            for name, spans in zip([*names, DEMAND_LANE], [*lanes, demands], strict=True)
+            for span in spans
+        ]
 
 
 class HostFabric(Fabric):
@@ -75,6 +92,7 @@ class HostFabric(Fabric):
 
     name = "host"
     granularity = mmap.PAGESIZE
+    times_copies = True
 
     def __init__(self) -> None:
         raise_descriptor_limit()

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from dwdp.observability.spans import Span
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -65,6 +67,7 @@ class Request:
         max_new_tokens: tokens to generate at most.
         temperature: 0 takes the likeliest token each time; above that, tokens are drawn.
         seed: of this prompt's draws, so that its text does not depend on the rank.
+        trace: whether the completion is to tell what the rank did when.
     """
 
     index: int
@@ -72,6 +75,7 @@ class Request:
     max_new_tokens: int
     temperature: float
     seed: int
+    trace: bool = False
     kind: Literal["request"] = "request"
 
 
@@ -98,12 +102,17 @@ class Counters:
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens generated for request ``index``, the end token included where one was met."""
+    """The tokens generated for request ``index``, the end token included where one was met.
+
+    Attributes:
+        spans: what the rank did meanwhile, if the request asked for it. Their clock is the machine's.
+    """
 
     index: int
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     counters: Counters
+    spans: tuple[Span, ...] = ()
     kind: Literal["completion"] = "completion"
 
 

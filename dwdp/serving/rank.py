@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from dwdp.config import DwdpConfig
 from dwdp.fabric.base import FabricError
 from dwdp.group import Group
 from dwdp.launch import discover_launch
+from dwdp.observability.spans import Span
 from dwdp.rendezvous import GroupError, PeerFailure
 from dwdp.serving.channel import RankChannel
 from dwdp.serving.generation import Generator, quiet_transformers
@@ -33,6 +34,7 @@ from dwdp.serving.messages import (
     Ready,
     Request,
 )
+from dwdp.serving.recorder import recording
 from dwdp.system_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -159,8 +161,12 @@ def serve_requests(channel: RankChannel, attachment: Attachment) -> bool:
             continue
         if first_request_s is None:
             first_request_s = time.monotonic()
+        recorder: AbstractContextManager[list[Span]] = (
+            recording(attachment.model, attachment.runtime) if message.trace else nullcontext([])
+        )
         try:
-            token_ids, finish_reason = generator.generate(message)
+            with recorder as spans:
+                token_ids, finish_reason = generator.generate(message)
         except Exception as error:
             traceback.print_exc()
             channel.send(PromptFailed(message.index, _describe(error)))
@@ -180,7 +186,7 @@ def serve_requests(channel: RankChannel, attachment: Attachment) -> bool:
             exposed_wait_s=stats.exposed_wait_s,
             peak_rss_bytes=peak_rss_bytes(),
         )
-        channel.send(Completion(message.index, token_ids, finish_reason, counters))
+        channel.send(Completion(message.index, token_ids, finish_reason, counters, tuple(spans)))
     return False
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from dwdp._version import __version__
 from dwdp.config import DwdpConfig
 from dwdp.observability.report import GenerateReport, RankReport, SamplingReport, per_second, total
+from dwdp.observability.spans import Span
+from dwdp.observability.trace import trace_text
 from dwdp.serving.dispatcher import Outcome
 from dwdp.serving.messages import Ready
 from dwdp.serving.plan import RunPlan
@@ -34,6 +36,14 @@ def completion_lines(plan: RunPlan, outcome: Outcome) -> str:
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return "".join(lines)
+
+
+def trace_of(outcome: Outcome) -> str:
+    """The trace of a run whose requests asked for one: see :mod:`dwdp.observability.trace`."""
+    ranks: dict[int, list[Span]] = {rank: [] for rank in range(len(outcome.counters))}
+    for rank, completion in outcome.completions:
+        ranks[rank] += completion.spans
+    return trace_text(ranks)
 
 
 def make_report(

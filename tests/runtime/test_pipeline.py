@@ -149,6 +149,32 @@ def test_a_slot_is_not_refilled_under_its_reader() -> None:
     ring.close()
 
 
+def test_parts_of_a_layer_wait_for_the_same_fetch() -> None:
+    ring = Ring(num_layers=4, num_slots=2, num_bytes=1 << 20, num_lanes=2)
+    ring.pipeline.start()
+    for layer in (0, 1, 2, 3, 0, 2, 2):
+        for _ in range(3):
+            ring.pipeline.begin(layer)
+            assert ring.read(layer) == {layer + 1}
+        ring.pipeline.end(layer)
+    assert ring.pipeline.stats.num_refetches == 1  # Of the repeated layer, its second time.
+    ring.close()
+
+
+def test_parts_of_a_layer_that_is_captured_are_fetched_once() -> None:
+    ring = Ring(num_layers=3, num_slots=2, num_bytes=4096, num_lanes=1)
+    ring.pipeline.start()
+    ring.fabric.is_capturing = lambda: True
+    for layer in range(3):
+        ring.pipeline.begin(layer)
+        before = ring.pipeline.stats.num_fetches
+        ring.pipeline.begin(layer)
+        assert ring.pipeline.stats.num_fetches == before
+        assert ring.read(layer) == {layer + 1}
+        ring.pipeline.end(layer)
+    ring.close()
+
+
 def test_after_a_capture_no_forward_relies_on_what_another_left() -> None:
     """A replayed graph refills slots unseen: here they are scribbled over between forwards."""
     ring = Ring(num_layers=5, num_slots=2, num_bytes=4096, num_lanes=1)

@@ -61,6 +61,7 @@ def test_every_rank_sees_every_expert(data: st.DataObject) -> None:
         slice_bytes=data.draw(st.sampled_from([4096, 5000, 1 << 20]), label="slice"),
         num_lanes=data.draw(st.none() | st.integers(1, 3), label="lanes"),
         lane_depth=data.draw(st.integers(1, 2), label="depth"),
+        contention_opt=data.draw(st.booleans(), label="contention_opt"),
         num_experts_per_worker=data.draw(
             st.none() | st.integers(even_share, num_experts), label="share"
         ),

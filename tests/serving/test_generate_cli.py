@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,29 +94,35 @@ def run_command(arguments: list[str]) -> Finished:
 
 
 @pytest.fixture(scope="module")
+def staged_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("staged")
+
+
+@pytest.fixture(scope="module")
 def staged(
-    with_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+    with_tokenizer: Path, staged_folder: Path
 ) -> tuple[Finished, list[dict[str, Any]], GenerateReport]:
     """One run on two ranks, text and tokens mixed, read by several tests."""
-    folder = tmp_path_factory.mktemp("staged")
     records: list[dict[str, Any]] = [
         {"id": index, "prompt_token_ids": prompt} for index, prompt in enumerate(TOKEN_PROMPTS)
     ]
     records.append({"id": "text", "prompt": "dé"})
-    prompts = write_lines(folder / "prompts.jsonl", *records)
-    output, report = folder / "out.jsonl", folder / "report.json"
+    prompts = write_lines(staged_folder / "prompts.jsonl", *records)
+    output, report = staged_folder / "out.jsonl", staged_folder / "report.json"
     done = run_command(
         command(
             *(with_tokenizer, "--dwdp-size", "2", "--fetch-mode", "staged", "--num-lanes", "1"),
             *("--prompts", prompts, "--output", output, "--report", report),
+            *("--trace", staged_folder / "trace.json"),
             *("--max-new-tokens", str(MAX_NEW_TOKENS), "--threads-per-rank", "1"),
         )
     )
     assert done.returncode == 0, done.err
-    assert sorted(path.name for path in folder.iterdir()) == [
+    assert sorted(path.name for path in staged_folder.iterdir()) == [
         "out.jsonl",
         "prompts.jsonl",
         "report.json",
+        "trace.json",
     ]
     return (
         done,
@@ -170,6 +177,36 @@ def test_the_report_adds_up(
     assert report.totals.tokens_per_s == pytest.approx(
         report.totals.generated_tokens / report.totals.wall_s
     )
+
+
+def test_the_trace_holds_what_the_report_counts(
+    staged: tuple[Finished, list[dict[str, Any]], GenerateReport], staged_folder: Path
+) -> None:
+    _, _, report = staged
+    events = json.loads((staged_folder / "trace.json").read_text())["traceEvents"]
+    for rank in report.ranks:
+        rows = rows_of(events, rank.rank)
+        assert len(rows["compute"]) == rank.generated_tokens
+        assert len(rows["exposed wait"]) == rank.num_waits
+        # All but what was still on its way at the end, for a forward that did not come.
+        layer_bytes = rank.fetched_bytes // rank.num_fetches
+        assert {event["args"]["bytes"] for event in rows["fetch 0"]} == {layer_bytes}
+        num_missing = rank.num_fetches - len(rows["fetch 0"])
+        assert 0 <= num_missing <= rank.num_slots
+        for lane in rows.values():
+            for earlier, later in pairwise(lane):
+                assert earlier["ts"] + earlier["dur"] <= later["ts"] + 0.01  # rounded
+
+
+def rows_of(events: list[dict[str, Any]], rank: int) -> dict[str, list[dict[str, Any]]]:
+    """The events of one rank of a trace by the name of their row, in order."""
+    own = [event for event in events if event["pid"] == rank]
+    names = {event["tid"]: event["args"]["name"] for event in own if event["name"] == "thread_name"}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in names.values()}
+    for event in own:
+        if event["ph"] == "X":
+            rows[names[event["tid"]]].append(event)
+    return rows
 
 
 def test_only_the_table_is_shown(

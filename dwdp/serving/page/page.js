@@ -3,8 +3,12 @@
 const WINDOW_S = 5;
 const RETRY_MS = 2000;
 const LANE_HEIGHT = 18;
-const LABEL_WIDTH = 64;
-const PLOT_WIDTH = 400;
+const AXIS_HEIGHT = 16;
+const LABEL_WIDTH = 92;
+const PLOT_WIDTH = 420;
+const COMPUTE = "compute";
+const WAIT = "exposed wait";
+const LEGEND = { compute: "compute", wait: "exposed wait: compute stands still until a fetch ends", fetch: "fetch" };
 const SVG = "http://www.w3.org/2000/svg";
 
 const byId = (id) => document.getElementById(id);
@@ -68,22 +72,67 @@ function card(rank) {
     const reason = element("p", "", "reason");
     const figures = element("dl");
     const timeline = svgElement("svg", { role: "img" });
-    section.append(title, reason, figures, timeline);
+    const note = element("p", "", "note");
+    section.append(title, reason, figures, timeline, note);
     byId("ranks").append(section);
-    cards.set(rank.rank, { state, reason, figures, timeline });
+    cards.set(rank.rank, { state, reason, figures, timeline, note });
   }
   return cards.get(rank.rank);
 }
 
-function drawTimeline(svg, timeline) {
-  const lanes = timeline && Array.isArray(timeline.lanes) ? timeline.lanes : [];
-  const height = lanes.length * LANE_HEIGHT + 16;
+function kindOf(lane) {
+  if (lane === WAIT) return "wait";
+  return lane.startsWith("fetch") ? "fetch" : "compute";
+}
+
+function lanesOf(rank) {
+  return rank.timeline && Array.isArray(rank.timeline.lanes) ? rank.timeline.lanes : [];
+}
+
+/* Why there are no fetch lanes, where there are none. */
+function noteOn(rank) {
+  const mode = rank.timeline && rank.timeline.fetch_mode;
+  if (!mode || lanesOf(rank).some((lane) => kindOf(lane.name) === "fetch")) return "";
+  return mode === "direct"
+    ? "No fetch lanes: in direct mode experts are read where they lie, and nothing is fetched."
+    : `No fetch lanes: in mode ${mode} on this device, copies are not timed one by one.`;
+}
+
+/* One row for each lane; exposed wait is drawn over compute, in which it happens. */
+function drawTimeline(svg, timeline, lanes) {
+  const rows = lanes.filter((lane) => lane.name !== WAIT);
+  const height = rows.length * LANE_HEIGHT + AXIS_HEIGHT;
   svg.setAttribute("viewBox", `0 0 ${LABEL_WIDTH + PLOT_WIDTH} ${height}`);
-  svg.setAttribute("aria-label", `The last ${WINDOW_S} seconds of ${lanes.length} lanes`);
+  svg.setAttribute("aria-label", `The last ${WINDOW_S} seconds of ${lanes.map((lane) => lane.name).join(", ")}`);
   svg.replaceChildren();
-  if (lanes.length === 0) return;
+  if (rows.length === 0) return;
   const start = timeline.now_s - WINDOW_S;
   const x = (time) => LABEL_WIDTH + (Math.min(Math.max(time - start, 0), WINDOW_S) / WINDOW_S) * PLOT_WIDTH;
+  rows.forEach((lane, index) => {
+    const top = index * LANE_HEIGHT;
+    svg.append(svgElement("text", { x: 0, y: top + 13, class: "lane" }, lane.name));
+    const track = { x: LABEL_WIDTH, y: top + 2, width: PLOT_WIDTH, height: LANE_HEIGHT - 4, class: "track" };
+    svg.append(svgElement("rect", track));
+  });
+  drawAxis(svg, height);
+  const drawn = [...rows, ...lanes.filter((lane) => lane.name === WAIT)];
+  for (const lane of drawn) {
+    const kind = kindOf(lane.name);
+    const row = rows.findIndex((other) => other.name === (kind === "wait" ? COMPUTE : lane.name));
+    const inset = kind === "wait" ? 2 : 4;
+    for (const [from, to, label] of lane.spans) {
+      if (row < 0 || to < start) continue;
+      const left = x(from);
+      const width = Math.max(x(to) - left, 0.5);
+      const y = row * LANE_HEIGHT + inset;
+      const bar = svgElement("rect", { x: left, y, width, height: LANE_HEIGHT - 2 * inset, class: kind });
+      bar.append(svgElement("title", {}, `${label}: ${((to - from) * 1000).toFixed(1)} ms`));
+      svg.append(bar);
+    }
+  }
+}
+
+function drawAxis(svg, height) {
   for (let second = 0; second <= WINDOW_S; second += 1) {
     const at = LABEL_WIDTH + (second / WINDOW_S) * PLOT_WIDTH;
     const anchor = second === 0 ? "start" : second === WINDOW_S ? "end" : "middle";
@@ -91,23 +140,23 @@ function drawTimeline(svg, timeline) {
     const text = second === WINDOW_S ? "now" : `-${WINDOW_S - second} s`;
     svg.append(svgElement("text", { x: at, y: height - 2, "text-anchor": anchor }, text));
   }
-  lanes.forEach((lane, index) => {
-    const top = index * LANE_HEIGHT;
-    svg.append(svgElement("text", { x: 0, y: top + 13 }, lane.name));
-    const kind = lane.name.startsWith("fetch") ? "fetch" : "compute";
-    for (const [from, to, label] of lane.spans) {
-      if (to < start) continue;
-      const left = x(from);
-      const width = Math.max(x(to) - left, 0.5);
-      const bar = svgElement("rect", { x: left, y: top + 3, width, height: LANE_HEIGHT - 6, class: kind });
-      bar.append(svgElement("title", {}, `${label}: ${((to - from) * 1000).toFixed(1)} ms`));
-      svg.append(bar);
-    }
-  });
+}
+
+/* Explains the colours that are in use. */
+function showLegend(ranks) {
+  const used = new Set(ranks.flatMap(lanesOf).map((lane) => kindOf(lane.name)));
+  const kinds = Object.keys(LEGEND).filter((kind) => used.has(kind));
+  byId("legend").replaceChildren(
+    ...kinds.map((kind) => {
+      const item = element("li", LEGEND[kind]);
+      item.prepend(element("span", "", kind));
+      return item;
+    }),
+  );
 }
 
 function showRank(now, rank) {
-  const { state, reason, figures, timeline } = card(rank);
+  const { state, reason, figures, timeline, note } = card(rank);
   state.textContent = rank.state;
   state.dataset.state = rank.state;
   reason.textContent = rank.reason;
@@ -127,7 +176,8 @@ function showRank(now, rank) {
     ["restarts", count(rank.restarts)],
     ["last recovery", seconds(rank.recovery_s)],
   ]);
-  drawTimeline(timeline, rank.timeline);
+  drawTimeline(timeline, rank.timeline, lanesOf(rank));
+  note.textContent = noteOn(rank);
 }
 
 function show(now) {
@@ -147,6 +197,7 @@ function show(now) {
     ? `Rank ${holders[0]} is the last that has the experts' memory. If it is lost before another rank is back, ` +
       "every rank loads from the checkpoint again."
     : "No rank has the experts' memory: every rank loads from the checkpoint.";
+  showLegend(now.ranks);
   now.ranks.forEach((rank) => showRank(now, rank));
   previous = now;
 }

@@ -85,5 +85,5 @@ class Statistics:
             },
             "runtime": asdict(self._attachment.runtime.stats()),
             "load_s": load_report.seconds if load_report is not None else 0.0,
-            "timeline": self._timeline.snapshot(),
+            "timeline": self._timeline.snapshot(self._attachment.runtime),
         }
