@@ -64,7 +64,7 @@ _SHOWN_CANDIDATES = 8
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write the TensorRT-LLM YAML, the Slurm script, plan.json and the Pareto plot there.",
+    help="Write TensorRT-LLM's YAML files, the Slurm job, plan.json and the Pareto plot there.",
 )
 @click.option(
     "--json",
@@ -123,7 +123,8 @@ def plan(
 
 
 def _write(answer: Plan, out: Path, gpus_per_node: int) -> list[Path]:
-    from dwdp.perf.launch_files import write_launch_files
+    from dwdp.perf.job_files import Cluster, write_job
+    from dwdp.perf.launch_files import job_of_plan
     from dwdp.perf.plan_report import as_json, pareto_front
 
     out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +132,12 @@ def _write(answer: Plan, out: Path, gpus_per_node: int) -> list[Path]:
     written[0].write_text(json.dumps(as_json(answer), indent=1) + "\n", encoding="utf-8")
     if answer.best is None:
         return written
-    written += write_launch_files(answer, out, gpus_per_node)
+    try:
+        job = job_of_plan(answer)
+    except ValueError as error:
+        click.echo(f"no launch files: {error}", err=True)
+    else:
+        written += write_job(job, Cluster(gpus_per_node=gpus_per_node), out)
     if find_spec("matplotlib") is None:
         click.echo("no Pareto plot: matplotlib is not installed (dwdp[plot])", err=True)
         return written
@@ -199,9 +205,10 @@ def _print_settings(console: Console, answer: Plan) -> None:
         table.add_row("slots", str(answer.num_slots))
         table.add_row("slice", f"{answer.policy.slice_bytes >> 20} MiB")
     prefill = answer.num_prefill_gpus
-    table.add_row(
-        "GPUs", f"{prefill} for prefill, {answer.workload.num_gpus - prefill} for generation"
-    )
+    gpus = f"{prefill} for prefill"
+    if answer.dwdp_match is not None:
+        gpus += f", {answer.workload.num_gpus - prefill} for generation"
+    table.add_row("GPUs", gpus)
     console.print(table)
 
 
@@ -225,9 +232,11 @@ def _print_candidates(console: Console, answer: Plan) -> None:
             f"{candidate.memory.used / 1e9:.0f}",
             f"{candidate.window_ratio:.2f}",
             f"{candidate.tokens_per_s:,.0f}",
-            "peers and host (not implemented)" if candidate.from_host else "peers",
+            "peers + host*" if candidate.from_host else "peers",
         )
     console.print(table)
+    if any(candidate.from_host for candidate in answer.candidates):
+        console.print("* What reading from host memory too would bring; it is not implemented.")
 
 
 def _print_pareto(console: Console, answer: Plan) -> None:

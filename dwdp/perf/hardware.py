@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml  # type: ignore[import-untyped]
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 DATA_DIR = Path(__file__).parent / "data"
 
@@ -21,7 +29,7 @@ _WIDER: dict[Datatype, Datatype] = {"fp4": "fp8", "fp8": "bf16", "bf16": "fp32"}
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Link(_Section):
@@ -99,6 +107,14 @@ class Hardware(_Section):
     achieved: Achieved = Achieved()
     sources: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
+
+    @field_validator("peak_tflops")
+    @classmethod
+    def _check_peaks(cls, value: dict[Datatype, float]) -> dict[Datatype, float]:
+        # Attention is computed in 16 bits whatever the weights' format.
+        if "bf16" not in value and "fp32" not in value:
+            raise ValueError(f"has {', '.join(value)}, and needs bf16 or fp32")
+        return value
 
     @property
     def memory_bytes(self) -> float:
@@ -179,4 +195,5 @@ def _read(path: Path) -> Hardware:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in problem["loc"])
-        raise ValueError(f"{path}: {key}: {problem['msg']}") from error
+        text = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{path}: {key}: {text}") from error

@@ -1,18 +1,19 @@
-"""What a plan needs to be run with TensorRT-LLM: server configurations and a Slurm script."""
+"""A plan as a job: the servers whose files ``dwdp/perf/job_files.py`` writes, and their options."""
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
+import re
+from dataclasses import replace
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+from dwdp.perf.gpu_placement import Servers
+from dwdp.perf.job_files import Job
+from dwdp.perf.planner import Plan, generation_of
+from dwdp.perf.server_options import ServerSettings
 
-from dwdp.perf.planner import Plan
-
-DISAGGREGATED = "disaggregated.yaml"
-SLURM = "dwdp.slurm"
-_PORT = 8000
+KV_SHARE = 0.75
+"""Of the memory that the weights leave free; the rest is for activations and workspaces."""
+_GENERATION_SIZES = (32, 16, 8, 4, 2, 1)
 
 
 def dwdp_options(plan: Plan) -> dict[str, Any]:
@@ -33,112 +34,59 @@ def dwdp_options(plan: Plan) -> dict[str, Any]:
     }
 
 
-def disaggregated_config(plan: Plan) -> dict[str, Any]:
-    """The configuration of ``trtllm-serve disaggregated`` and of its workers."""
-    assert plan.best is not None
+def job_of_plan(plan: Plan) -> Job:
+    """The plan's servers: replicas in prefill, ranks of DWDP groups if the plan has any, and generation.
+
+    Raises:
+        ValueError: the GPUs do not make a deployment with prefill and generation apart.
+    """
+    if plan.best is None or plan.dwdp_match is None:
+        raise ValueError(
+            "The plan has no deployment: generation is not that fast, or nothing fits."
+        )
     workload = plan.workload
-    num_prefill = plan.num_prefill_gpus
-    num_generation = max(1, workload.num_gpus - num_prefill)
-    # Expert parallelism wants a size that divides the experts: a power of two, several times if it fits.
-    generation_size = min(32, 1 << (num_generation.bit_length() - 1))
-    num_instances = num_generation // generation_size
-    batch = 1
-    if plan.dwdp_match is not None:
-        share_s = plan.dwdp_match.generation_gpu_s * plan.dwdp_match.tps_per_user
-        batch = max(1, round(workload.osl / share_s))
-    ports = iter(range(_PORT + 1, _PORT + 1 + num_prefill + num_instances))
-    context: dict[str, Any] = {
-        "num_instances": num_prefill,
-        "tensor_parallel_size": 1,
-        "pipeline_parallel_size": 1,
-        "enable_attention_dp": False,
-        "disable_overlap_scheduler": True,
-        "cuda_graph_config": None,
-        "max_num_tokens": workload.max_num_tokens,
-        "max_batch_size": max(1, workload.batch.num_sequences),
-        "max_seq_len": workload.isl + workload.osl,
-        "cache_transceiver_config": {"backend": "DEFAULT"},
-        "urls": [f"localhost:{next(ports)}" for _ in range(num_prefill)],
-    }
+    generation, batch = _generation_servers(plan)
+    options = None
     if plan.best.group.size > 1:
-        context |= {"parallel": "dwdp", "dwdp_config": dwdp_options(plan)}
-    return {
-        "hostname": "localhost",
-        "port": _PORT,
-        "context_servers": context,
-        "generation_servers": {
-            "num_instances": num_instances,
-            "tensor_parallel_size": generation_size,
-            "moe_expert_parallel_size": generation_size,
-            "pipeline_parallel_size": 1,
-            "enable_attention_dp": True,
-            "max_batch_size": batch,
-            "max_seq_len": workload.isl + workload.osl,
-            "cache_transceiver_config": {"backend": "DEFAULT"},
-            "urls": [f"localhost:{next(ports)}" for _ in range(num_instances)],
-        },
-    }
-
-
-def num_tasks(config: dict[str, Any]) -> int:
-    """GPUs that the servers of a :func:`disaggregated_config` take together."""
-    return sum(
-        config[kind]["num_instances"] * config[kind]["tensor_parallel_size"]
-        for kind in ("context_servers", "generation_servers")
+        options = dwdp_options(plan) | {
+            "demand_max_tokens": plan.demand_up_to_tokens,
+            "num_slots": plan.num_slots,
+            "slice_bytes": plan.policy.slice_bytes,
+        }
+    settings = ServerSettings(max_seq_len=workload.isl + workload.osl)
+    return Job(
+        name=re.sub(r"[^\w.-]+", "-", f"dwdp-{plan.model.name}"),
+        context=Servers(plan.num_prefill_gpus, 1),
+        generation=generation,
+        context_options=settings.context(
+            max(1, workload.batch.num_sequences),
+            workload.max_num_tokens,
+            KV_SHARE,
+            dwdp_config=options,
+        ),
+        generation_options=settings.generation(batch, KV_SHARE, generation.gpus_per_server),
     )
 
 
-def slurm_script(plan: Plan, gpus_per_node: int) -> str:
-    """A batch script that starts all workers and the front end, one task per GPU."""
-    gpus = num_tasks(disaggregated_config(plan))
-    nodes = -(-gpus // gpus_per_node)
-    name = shlex.quote(f"dwdp-{plan.model.name}")
-    return f"""#!/bin/bash
-#SBATCH --job-name={name}
-#SBATCH --nodes={nodes}
-#SBATCH --ntasks={gpus}
-#SBATCH --ntasks-per-node={min(gpus, gpus_per_node)}
-#SBATCH --gpus-per-node={min(gpus, gpus_per_node)}
-#SBATCH --exclusive
-# Partition, account and time limit are the cluster's: give them to sbatch.
-set -euo pipefail
+def _generation_servers(plan: Plan) -> tuple[Servers, int]:
+    """Servers on the GPUs that prefill leaves, and sequences per GPU: the most at the users' speed.
 
-: "${{MODEL:?set MODEL to the checkpoint}}"
-here=${{DWDP_PLAN_DIR:-$SLURM_SUBMIT_DIR}}
-config=$here/{DISAGGREGATED}
-export TRTLLM_LOG_DIR=${{TRTLLM_LOG_DIR:-$here}}
-
-# The workers' addresses are only known now: the file lists localhost for each.
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-python3 - "$config" "$here/running.yaml" "$MODEL" "${{hosts[@]}}" <<'PYTHON'
-import sys, yaml
-source, target, model, *hosts = sys.argv[1:]
-config = yaml.safe_load(open(source))
-config["model"], config["hostname"] = model, hosts[0]
-task = 0
-for kind in ("context_servers", "generation_servers"):
-    servers = config[kind]
-    urls = []
-    for url in servers["urls"]:
-        urls.append(f"{{hosts[task // {gpus_per_node}]}}:{{url.rpartition(':')[2]}}")
-        task += servers["tensor_parallel_size"]
-    servers["urls"] = urls
-yaml.safe_dump(config, open(target, "w"))
-PYTHON
-
-srun --mpi=pmix --ntasks={gpus} trtllm-serve disaggregated_mpi_worker -c "$here/running.yaml" \\
-  > "$TRTLLM_LOG_DIR/workers.log" 2>&1 &
-workers=$!
-trap 'kill "$workers" 2> /dev/null || true' EXIT
-trtllm-serve disaggregated -c "$here/running.yaml" 2>&1 | tee "$TRTLLM_LOG_DIR/server.log"
-"""
-
-
-def write_launch_files(plan: Plan, folder: Path, gpus_per_node: int) -> list[Path]:
-    """Write both files to ``folder`` and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config, script = folder / DISAGGREGATED, folder / SLURM
-    text = yaml.safe_dump(disaggregated_config(plan), sort_keys=False)
-    config.write_text(text, encoding="utf-8")
-    script.write_text(slurm_script(plan, gpus_per_node), encoding="utf-8")
-    return [config, script]
+    Expert parallelism wants a size that divides the experts.
+    """
+    workload = plan.workload
+    num_gpus = workload.num_gpus - plan.num_prefill_gpus
+    generation = generation_of(plan.model, plan.hardware, workload)
+    best, batch = Servers(0, 1), 0
+    for size in _GENERATION_SIZES:
+        if size > num_gpus or plan.model.moe.num_experts % size:
+            continue
+        servers = Servers(num_gpus // size, size)
+        sequences = replace(generation, num_gpus=size).sequences_at(workload.tps_per_user)
+        if servers.num_gpus * sequences > best.num_gpus * batch:
+            best, batch = servers, sequences
+    if not batch:
+        raise ValueError(
+            f"{workload.num_gpus} GPUs are too few for {plan.num_prefill_gpus} in prefill and, beside "
+            f"them, generation at {workload.tps_per_user:g} tokens/s per user."
+        )
+    return best, batch

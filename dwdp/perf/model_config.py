@@ -57,6 +57,27 @@ _NUM_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 _HIDDEN = ("hidden_size", "d_model")
 _HEADS = ("num_attention_heads", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "kv_n_heads", "num_kv_heads")
+_SPARSITY_KEYS = (
+    "mlp_layer_types",
+    "layers_block_type",
+    "layer_types",
+    "hybrid_override_pattern",
+    "moe_layers",
+    "moe_layer_freq",
+    "expert_layer_period",
+    "decoder_sparse_step",
+    "interleave_moe_layer_step",
+    "moe_layer_interval",
+    "first_k_dense_replace",
+    "num_dense_layers",
+    "moe_layer_start_index",
+    "moe_layer_end_index",
+    "mlp_only_layers",
+)
+"""What says which layers have experts."""
+_TWO_WIDTHS_KEYS = ("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers")
+"""Families that have these give experts a width of their own: it cannot be the dense layers'."""
+_MAX_LAYERS = 10_000
 _LINEAR_TYPES = ("linear", "mamba", "conv", "recurrent", "mixer_ssm")
 
 
@@ -109,6 +130,8 @@ def parse_config(config: Config, name: str = "") -> Model:
     sparse = _sparse_layers(fields, num_layers)
     mixers = _mixers(fields, num_layers)
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise ValueError(f"quantization_config: {quantization!r} is not a JSON object.")
     dense_width = fields.integer(_DENSE_WIDTH, default=0)
     dense_matrices = 2 if fields.get(("model_type",)) == "nemotron_h" else 3
     layers = tuple(
@@ -120,13 +143,17 @@ def parse_config(config: Config, name: str = "") -> Model:
         )
     )
     if not any(sparse):
-        raise ValueError("no layer has experts: DWDP has nothing to distribute.")
+        keys = [key for key in _SPARSITY_KEYS if fields.get((key,)) is not None]
+        raise ValueError(
+            f"{', '.join(keys or _NUM_LAYERS[:1])}: none of the {num_layers} layers has experts, so DWDP "
+            "has nothing to distribute."
+        )
     index = sparse.index(True)
     dense_index = sparse.index(False) if False in sparse else index
     return Model(
         name=name or str(fields.get(("model_type",)) or "model"),
         hidden_size=fields.integer(_HIDDEN),
-        vocab_size=fields.integer(("vocab_size",), default=0),
+        vocab_size=fields.integer(("vocab_size",), at_least=1),
         layers=layers,
         formats=formats_of(quantization, _dtype(config, text), index, dense_index),
         kv_cache_bytes=kv_cache_bytes_of(quantization),
@@ -147,19 +174,39 @@ class _Fields:
 
     def get(self, names: Sequence[str]) -> Any:
         """The first value that is there and not None, in the configuration or one level below."""
+        return self._find(names)[1]
+
+    def _find(self, names: Sequence[str]) -> tuple[str, Any]:
         for source in (self._config, *self._nested):
             for name in names:
                 if source.get(name) is not None:
-                    return source[name]
-        return None
+                    return name, source[name]
+        return names[0], None
 
-    def integer(self, names: Sequence[str], default: int | None = None, at_least: int = 0) -> int:
+    def entries(self, names: Sequence[str]) -> list[Any] | None:
+        """A list; None if there is none.
+
+        Raises:
+            ValueError: something else is there.
+        """
+        key, value = self._find(names)
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"{key}: {value!r} is not a list.")
+        return value
+
+    def integer(
+        self,
+        names: Sequence[str],
+        default: int | None = None,
+        at_least: int = 0,
+        at_most: int | None = None,
+    ) -> int:
         """A count; of a list (one per layer or modality) the largest.
 
         Raises:
-            ValueError: it is missing and has no default, or is not a whole number that large.
+            ValueError: it is missing and has no default, or is not a whole number in the range.
         """
-        value = self.get(names)
+        key, value = self._find(names)
         if isinstance(value, list) and value:
             value = max(value, key=lambda item: item if isinstance(item, int) else -1)
         if value is None:
@@ -171,7 +218,9 @@ class _Fields:
                 )
             return default
         if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-            raise ValueError(f"{names[0]}: {value!r} is not a whole number of at least {at_least}.")
+            raise ValueError(f"{key}: {value!r} is not a whole number of at least {at_least}.")
+        if at_most is not None and value > at_most:
+            raise ValueError(f"{key}: {value} is more than {at_most}.")
         return value
 
 
@@ -186,7 +235,7 @@ def _text_config(config: Config) -> Config:
 def _num_layers(fields: _Fields) -> int:
     listed = fields.get(("layers_block_type", "layer_types"))
     default = len(listed) if isinstance(listed, list) else None
-    return fields.integer(_NUM_LAYERS, default=default, at_least=1)
+    return fields.integer(_NUM_LAYERS, default=default, at_least=1, at_most=_MAX_LAYERS)
 
 
 def _moe(fields: _Fields) -> Moe:
@@ -195,7 +244,8 @@ def _moe(fields: _Fields) -> Moe:
     if top_k > num_experts:
         raise ValueError(f"num_experts_per_tok: {top_k} of {num_experts} experts.")
     # DBRX says intermediate sizes in ffn_config only, Granite and Mixtral have one size for all.
-    width = fields.integer(_EXPERT_WIDTH, at_least=1)
+    has_two_widths = any(fields.get((key,)) for key in _TWO_WIDTHS_KEYS)
+    width = fields.integer(_EXPERT_WIDTH[: 3 if has_two_widths else None], at_least=1)
     shared = fields.integer(_SHARED_WIDTH, default=0)
     if not shared:
         shared = width * fields.integer(_NUM_SHARED, default=0)
@@ -212,14 +262,14 @@ def _moe(fields: _Fields) -> Moe:
 
 def _sparse_layers(fields: _Fields, num_layers: int) -> list[bool]:
     """Which layers have experts."""
-    types = fields.get(("mlp_layer_types",))
-    if isinstance(types, list):
+    types = fields.entries(("mlp_layer_types",))
+    if types is not None:
         return [kind != "dense" for kind in _of_length(types, num_layers, "mlp_layer_types")]
     blocks = _block_types(fields, num_layers)
     if blocks is not None and "moe" in blocks:
         return [kind == "moe" for kind in blocks]
-    listed = fields.get(("moe_layers",))
-    if isinstance(listed, list):
+    listed = fields.entries(("moe_layers",))
+    if listed is not None:
         return [index in listed for index in range(num_layers)]
     frequency = fields.get(("moe_layer_freq",))
     if isinstance(frequency, list):
@@ -237,7 +287,7 @@ def _sparse_layers(fields: _Fields, num_layers: int) -> list[bool]:
         ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"), default=0
     )
     last = fields.integer(("moe_layer_end_index",), default=num_layers - 1)
-    dense = fields.get(("mlp_only_layers",)) or []
+    dense = fields.entries(("mlp_only_layers",)) or []
     step = step or (frequency if isinstance(frequency, int) else 1) or 1
     aligned = fields.get(("moe_layer_freq",)) is not None
     return [
@@ -289,13 +339,13 @@ def _mixers(fields: _Fields, num_layers: int) -> list[Mixer | None]:
     sliding = _with_window(full, window)
     sparse = _with_window(full, fields.integer(("index_topk",), default=0))
     linear = _linear(fields)
-    types = fields.get(("layer_types", "layers_block_type"))
-    if not isinstance(types, list):
+    types = fields.entries(("layer_types", "layers_block_type"))
+    if types is None:
         types = _block_types(fields, num_layers)
     if types is None:
         types = _periodic_types(fields, num_layers, has_window=bool(window))
     mixers: list[Mixer | None] = []
-    for kind in _of_length(types, num_layers, "layer_types"):
+    for kind in map(str, _of_length(types, num_layers, "layer_types")):
         if kind in ("moe", "mlp"):
             mixers.append(None)
         elif any(word in kind for word in _LINEAR_TYPES):

@@ -95,10 +95,15 @@ class Plan:
 
     @property
     def num_prefill_gpus(self) -> int:
-        """Of ``workload.num_gpus``, how many prefill: at least one group, as near to the match as can be."""
-        if self.dwdp_match is None or self.best is None:
+        """Of ``workload.num_gpus``, how many prefill: at least one group, as near to the match as can be.
+
+        All whole groups where there is no match, none where nothing fits.
+        """
+        if self.best is None:
             return 0
         size = self.best.group.size
+        if self.dwdp_match is None:
+            return self.workload.num_gpus // size * size
         share = self.dwdp_match.prefill_share * self.workload.num_gpus
         return min(max(size, round(share / size) * size), max(size, self.workload.num_gpus - 1))
 

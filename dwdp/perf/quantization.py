@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dwdp.perf.model import Formats, WeightFormat
@@ -37,9 +37,7 @@ def formats_of(
     quantised = _format(quantization)
     # MXFP4 checkpoints (gpt-oss) quantise experts only, whatever they list.
     experts_only = quantised == "mxfp4"
-    patterns = [
-        str(pattern) for key in _IGNORE_KEYS for pattern in quantization.get(key) or () if pattern
-    ]
+    patterns = list(_ignored(quantization))
     sparse, dense = f"model.layers.{sparse_layer}", f"model.layers.{dense_layer}"
 
     def of(*names: str) -> WeightFormat:
@@ -58,6 +56,15 @@ def formats_of(
         routed=of(f"{sparse}.mlp.experts.0.down_proj", f"{sparse}.block_sparse_moe.experts.0.w2"),
         lm_head=plain,
     )
+
+
+def _ignored(quantization: Mapping[str, Any]) -> Iterator[str]:
+    """What the checkpoint lists as not quantised."""
+    for key in _IGNORE_KEYS:
+        listed = quantization.get(key) or ()
+        if not isinstance(listed, list | tuple):
+            raise ValueError(f"quantization_config.{key}: {listed!r} is not a list.")
+        yield from (str(pattern) for pattern in listed if pattern)
 
 
 def kv_cache_bytes_of(quantization: Mapping[str, Any]) -> float:

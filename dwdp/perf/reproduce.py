@@ -173,7 +173,7 @@ def reproduce() -> Reproduction:
     cells = (
         *_table_1(model),
         *_share(hardware, model),
-        *_breakdown(hardware, model),
+        *breakdown_cells(hardware, model),
         _contention(hardware, model),
         *_end_to_end(calibration, model),
     )
@@ -242,7 +242,8 @@ def _share(hardware: Hardware, model: Model) -> Iterator[Cell]:
     yield Cell(SHARE, "load CV 20 %", "share", low, ours, 0.05, "predicted", upper=high)
 
 
-def _breakdown(hardware: Hardware, model: Model) -> Iterator[Cell]:
+def breakdown_cells(hardware: Hardware, model: Model) -> Iterator[Cell]:
+    """Table 3, both columns."""
     dep = [_dep_run(hardware, model, LOAD_CV, seed) for seed in range(12)]
     dwdp = [breakdown_run(hardware, model, SERIAL_FIXED, seed) for seed in SEEDS]
     columns = (

@@ -44,6 +44,7 @@ class PrefillScenario:
         noise_cv: of the time of one layer on one rank.
         num_iterations: forwards per rank that are simulated; the first is not counted.
         seed: of all drawing.
+        max_prompts: per rank and forward; None: as many as there is room for.
     """
 
     lengths: Lengths
@@ -52,6 +53,7 @@ class PrefillScenario:
     noise_cv: float = 0.02
     num_iterations: int = 6
     seed: int = 0
+    max_prompts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,11 @@ def prefill_rate(
     iterations = scenario.num_iterations
     batches = [
         packed_batches(
-            scenario.lengths, scenario.max_num_tokens, iterations, scenario.seed * 1009 + rank
+            scenario.lengths,
+            scenario.max_num_tokens,
+            iterations,
+            scenario.seed * 1009 + rank,
+            scenario.max_prompts,
         )
         for rank in range(group.size)
     ]

@@ -55,20 +55,31 @@ class Lengths:
         return max(1, round(random_numbers.uniform(self.ratio * self.longest, self.longest)))
 
 
-def pack(lengths: Iterable[int], max_num_tokens: int) -> Iterator[Batch]:
-    """Batches of whole prompts in order of arrival, each of at most ``max_num_tokens`` (or one prompt)."""
+def pack(
+    lengths: Iterable[int], max_num_tokens: int, max_prompts: int | None = None
+) -> Iterator[Batch]:
+    """Batches of whole prompts in order of arrival, each of at most ``max_num_tokens`` (or one prompt).
+
+    ``max_prompts``: per batch; None: any number.
+    """
     batch: list[int] = []
+    num_tokens = 0
     for length in lengths:
-        if batch and sum(batch) + length > max_num_tokens:
+        if batch and (num_tokens + length > max_num_tokens or len(batch) == max_prompts):
             yield Batch.prefill(batch)
-            batch = []
+            batch, num_tokens = [], 0
         batch.append(length)
+        num_tokens += length
     if batch:
         yield Batch.prefill(batch)
 
 
 def packed_batches(
-    lengths: Lengths, max_num_tokens: int, num_batches: int, seed: int = 0
+    lengths: Lengths,
+    max_num_tokens: int,
+    num_batches: int,
+    seed: int = 0,
+    max_prompts: int | None = None,
 ) -> list[Batch]:
     """``num_batches`` full batches of drawn lengths."""
     random_numbers = random.Random(seed)
@@ -77,7 +88,7 @@ def packed_batches(
         while True:
             yield lengths.draw(random_numbers)
 
-    batches = pack(endless(), max_num_tokens)
+    batches = pack(endless(), max_num_tokens, max_prompts)
     return [next(batches) for _ in range(num_batches)]
 
 

@@ -59,6 +59,8 @@ def test_a_users_file_is_read(tmp_path: Path) -> None:
         ({"bandwidth": 3}, "bandwidth"),
         ({"link": {"gbs": 50}}, "link.domain_size"),
         ({"peak_tflops": {"fp3": 1}}, "peak_tflops.fp3"),
+        ({"peak_tflops": {"fp4": 1}}, "peak_tflops: has fp4, and needs bf16 or fp32"),
+        ({"memory_gbs": float("inf")}, "memory_gbs: Input should be a finite number"),
         ({"achieved": {"link": 1.5}}, "achieved.link"),
     ],
 )
@@ -86,9 +88,9 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
 
 
 def test_a_datatype_that_nothing_computes_is_refused() -> None:
-    hardware = Hardware.model_validate({**OWN, "peak_tflops": {"fp4": 100}})
+    hardware = Hardware.model_validate({**OWN, "peak_tflops": {"bf16": 100}})
     with pytest.raises(ValueError, match="peak_tflops"):
-        hardware.peak_flops("bf16")
+        hardware.peak_flops("fp32")
 
 
 @pytest.mark.parametrize(

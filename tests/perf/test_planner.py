@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +16,9 @@ from dwdp.cli.main import run
 from dwdp.perf.candidates import Workload
 from dwdp.perf.fetches import ALL_AT_ONCE
 from dwdp.perf.hardware import Hardware, load_hardware
-from dwdp.perf.launch_files import disaggregated_config, dwdp_options, num_tasks, slurm_script
+from dwdp.perf.job_check import check_job
+from dwdp.perf.job_files import Cluster, write_job
+from dwdp.perf.launch_files import dwdp_options, job_of_plan
 from dwdp.perf.model import Model
 from dwdp.perf.model_config import load_model, parse_config
 from dwdp.perf.plan_report import as_json, layer_lanes, memory_bar, pareto_front
@@ -81,7 +81,7 @@ def test_a_model_that_fits_on_one_device_needs_no_group() -> None:
     answer = plan(small_model(), GB200, PREFILL)
     assert answer.verdict == "not needed"
     assert answer.best is not None and answer.best.group.size == 1
-    assert "dwdp_config" not in disaggregated_config(answer)["context_servers"]
+    assert job_of_plan(answer).dwdp_config is None
 
 
 def test_a_model_that_fits_nowhere_is_said_so_with_figures() -> None:
@@ -153,47 +153,44 @@ def test_the_front_falls_and_is_above_that_of_expert_parallelism(answer: Plan) -
 
 
 @pytest.mark.parametrize(
-    ("model", "workload"), [(R1, PREFILL), (QWEN, PREFILL), (R1, replace(PREFILL, num_gpus=24))]
+    ("model", "workload"),
+    [
+        (R1, PREFILL),
+        (QWEN, PREFILL),
+        (R1, replace(PREFILL, num_gpus=24)),
+        (small_model(), replace(PREFILL, num_gpus=8)),
+    ],
+    ids=["R1", "Qwen3", "24 GPUs", "no group"],
 )
-def test_the_configuration_is_one_that_the_placement_accepts(
-    model: Model, workload: Workload
+def test_the_files_of_a_plan_are_valid_and_fit_its_gpus(
+    model: Model, workload: Workload, tmp_path: Path
 ) -> None:
     answer = plan(model, GB200, workload)
-    options = dwdp_options(answer)
-    num_groups = options.pop("num_groups")
-    build_placement(model.moe.num_experts, options.pop("dwdp_size"), **options)
-    config = yaml.safe_load(yaml.safe_dump(disaggregated_config(answer)))
-    context, generation = config["context_servers"], config["generation_servers"]
-    assert context["num_instances"] == num_groups * answer.best.group.size  # type: ignore[union-attr]
-    assert context["parallel"] == "dwdp" and context["disable_overlap_scheduler"] is True
-    assert len(context["urls"]) == context["num_instances"]
-    assert len({*context["urls"], *generation["urls"]}) == len(context["urls"]) + len(
-        generation["urls"]
-    )
-    assert num_tasks(config) <= workload.num_gpus
-    assert model.moe.num_experts % generation["moe_expert_parallel_size"] == 0
+    assert answer.best is not None
+    job = job_of_plan(answer)
+    if job.dwdp_config is not None:
+        options = dwdp_options(answer)
+        num_groups = options.pop("num_groups")
+        build_placement(model.moe.num_experts, options.pop("dwdp_size"), **options)
+        assert job.context.num_servers == num_groups * answer.best.group.size
+        assert options.items() <= job.dwdp_config.items()
+        assert job.dwdp_config["slice_bytes"] == answer.policy.slice_bytes
+    assert job.context.num_gpus == answer.num_prefill_gpus
+    assert job.context.num_gpus + job.generation.num_gpus <= workload.num_gpus
+    assert model.moe.num_experts % job.generation.gpus_per_server == 0
+    assert job.context_options["disable_overlap_scheduler"] is True
+    write_job(job, Cluster(gpus_per_node=4), tmp_path)
+    assert check_job(tmp_path) == []
 
 
-def test_the_slurm_script_is_valid_bash_and_valid_python(answer: Plan, tmp_path: Path) -> None:
-    script = slurm_script(answer, gpus_per_node=4)
-    path = tmp_path / "dwdp.slurm"
-    path.write_text(script)
-    subprocess.run(["bash", "-n", str(path)], check=True, timeout=30)
-    embedded = script.split("<<'PYTHON'\n")[1].split("\nPYTHON\n")[0]
-    config = disaggregated_config(answer)
-    source, target = tmp_path / "disaggregated.yaml", tmp_path / "running.yaml"
-    source.write_text(yaml.safe_dump(config))
-    hosts = [f"node{number}" for number in range(18)]
-    subprocess.run(
-        [sys.executable, "-c", embedded, str(source), str(target), "/model", *hosts],
-        check=True,
-        timeout=60,
-    )
-    running = yaml.safe_load(target.read_text())
-    assert running["model"] == "/model" and running["hostname"] == "node0"
-    urls = running["context_servers"]["urls"]
-    assert [url.partition(":")[0] for url in urls[:5]] == ["node0"] * 4 + ["node1"]
-    assert running["generation_servers"]["urls"][0].startswith(f"node{len(urls) // 4}:")
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"tps_per_user": 5000.0}, "not that fast"), ({"num_gpus": 4}, "4 GPUs")]
+)
+def test_a_plan_that_is_no_deployment_says_why(changes: dict[str, Any], named: str) -> None:
+    answer = plan(R1, GB200, replace(PREFILL, **changes))
+    assert dwdp_options(answer)["num_groups"] >= 1
+    with pytest.raises(ValueError, match=named):
+        job_of_plan(answer)
 
 
 @given(st.integers(1, 100), st.integers(1, 100))
@@ -214,9 +211,10 @@ def test_the_command_answers_and_writes_its_files(
     assert run([*arguments, "--out", str(out), "--json", str(tmp_path / "p.json")]) == 0
     text = capsys.readouterr().out
     assert "Does DWDP pay here? yes" in text and "dwdp_size" in text
-    assert {"plan.json", "disaggregated.yaml", "dwdp.slurm"} <= {
+    assert {"plan.json", "context.yaml", "disaggregated.yaml", "job.slurm"} <= {
         path.name for path in out.iterdir()
     }
+    assert check_job(out) == []
     written = json.loads((tmp_path / "p.json").read_text())
     assert written == json.loads((out / "plan.json").read_text())
     assert written["schema"] == "dwdp-plan-1" and written["pareto"]

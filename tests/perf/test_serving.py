@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -37,14 +38,22 @@ R1, GB200 = load_model("deepseek-r1-nvfp4"), load_hardware("gb200")
 GENERATION = Generation(R1, GB200, num_gpus=8, context_tokens=8192)
 
 
-@given(st.lists(st.integers(1, 100), max_size=40), st.integers(1, 150))
+@given(
+    st.lists(st.integers(1, 100), max_size=40),
+    st.integers(1, 150),
+    st.none() | st.integers(1, 5),
+)
 def test_packing_keeps_order_loses_nothing_and_never_overfills(
-    lengths: list[int], most: int
+    lengths: list[int], most: int, most_prompts: int | None
 ) -> None:
-    batches = list(pack(lengths, most))
+    batches = list(pack(lengths, most, most_prompts))
     assert [part.new for batch in batches for part in batch.sequences] == lengths
     for batch in batches:
         assert batch.num_tokens <= most or batch.num_sequences == 1
+        assert most_prompts is None or batch.num_sequences <= most_prompts
+    for batch, following in pairwise(batches):
+        if batch.num_sequences != most_prompts:
+            assert batch.num_tokens + following.sequences[0].new > most
 
 
 def test_lengths_are_drawn_as_described() -> None:
