@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -29,13 +29,15 @@ from dwdp.serving.openai.errors import (
 from dwdp.serving.openai.requests import ChatCompletionRequest, CompletionRequest, parse
 from dwdp.serving.openai.responses import Model, ModelList
 from dwdp.serving.page.assets import page_response
-from dwdp.serving.router.balancer import Balancer, Deadline
+from dwdp.serving.router.balancer import Balancer
 from dwdp.serving.router.body import BodyReader, ClientGone, Receive
-from dwdp.serving.router.cost import estimate_cost
+from dwdp.serving.router.cost import check_length, estimate_cost
 from dwdp.serving.router.forwarder import Forwarder, Job, Send
 from dwdp.serving.router.keys import ApiKeys
+from dwdp.serving.router.lease import Deadline
 from dwdp.serving.router.metrics import CONTENT_TYPE, RouterMetrics
 from dwdp.serving.router.openapi import openapi_document
+from dwdp.serving.router.rank_limits import widest_limits
 from dwdp.serving.router.settings import RouterSettings
 from dwdp.serving.router.snapshot import health, snapshot
 from dwdp.serving.supervisor.ranks import RankState, RankTable
@@ -56,7 +58,7 @@ ParseBody = Callable[[bytes], CompletionRequest | ChatCompletionRequest]
 
 
 class Router:
-    """The ASGI application.
+    """The ASGI application. Made inside the event loop that runs it.
 
     Args:
         table: the ranks, kept up to date by the supervisor.
@@ -82,7 +84,7 @@ class Router:
         self._app = Starlette(
             routes=[
                 Route("/", self._page),
-                Route("/page/events", self._page_events),
+                Route("/page/events", _Endpoint(self.watch), methods=["GET"]),
                 Route("/health", self._health),
                 Route("/health/live", self._live),
                 Route("/health/ready", self._ready),
@@ -92,12 +94,12 @@ class Router:
                 Route("/v1/models/{model:path}", self._one_model),
                 Route(
                     "/v1/completions",
-                    _Generation(self, partial(parse, CompletionRequest)),
+                    _Endpoint(partial(self.generate, partial(parse, CompletionRequest))),
                     methods=["POST"],
                 ),
                 Route(
                     "/v1/chat/completions",
-                    _Generation(self, partial(parse, ChatCompletionRequest)),
+                    _Endpoint(partial(self.generate, partial(parse, ChatCompletionRequest))),
                     methods=["POST"],
                 ),
             ],
@@ -126,9 +128,16 @@ class Router:
             rank.state is RankState.READY for rank in self._table.ranks
         )
 
-    def end_pages(self) -> None:
-        """End the pages' streams, which never end by themselves."""
+    def drain(self, reason: ApiError) -> None:
+        """Take no more requests for text, and end the pages' streams, which never end by themselves."""
+        self.balancer.close(reason)
         self._ended.set()
+
+    def end(self, reason: ApiError) -> None:
+        """Answer ``reason`` to whatever arrives, waits or runs."""
+        self.drain(reason)
+        self._bodies.end(reason)
+        self.balancer.cut_all(reason)
 
     async def generate(
         self,
@@ -156,6 +165,19 @@ class Router:
             self.metrics.requests.labels(path, status).inc()
             self.metrics.duration_s.observe(time.monotonic() - arrived_s)
 
+    async def watch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send what the page shows, every second until the client leaves."""
+        if self._num_watchers >= MAX_WATCHERS:
+            raise ApiError(429, f"{MAX_WATCHERS} pages are open already", retry_after_s=30.0)
+        response = Response(media_type="text/event-stream")
+        if scope["method"] == "GET":  # HEAD has no body to wait for
+            response = StreamingResponse(self._snapshots(), media_type="text/event-stream")
+        self._num_watchers += 1
+        try:
+            await response(scope, receive, send)  # type: ignore[arg-type]
+        finally:
+            self._num_watchers -= 1
+
     def _job(
         self,
         parse_body: ParseBody,
@@ -166,6 +188,7 @@ class Router:
         request = parse_body(body)
         if request.model != self._model.id:
             raise model_not_found(request.model, self._model.id)
+        check_length(request, widest_limits(self._table.ranks).max_sequence_length)
         return Job(
             path=path,
             body=body,
@@ -177,21 +200,12 @@ class Router:
     async def _page(self, request: Request) -> Response:
         return page_response()
 
-    async def _page_events(self, request: Request) -> Response:
-        if self._num_watchers >= MAX_WATCHERS:
-            raise ApiError(429, f"{MAX_WATCHERS} pages are open already", retry_after_s=30.0)
-        return StreamingResponse(self._snapshots(), media_type="text/event-stream")
-
     async def _snapshots(self) -> AsyncIterator[bytes]:
-        self._num_watchers += 1
-        try:
-            while not self._ended.is_set():
-                document = snapshot(self._table, self.balancer, self._model.id)
-                yield b"data: " + json.dumps(document).encode() + b"\n\n"
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._ended.wait(), PAGE_INTERVAL_S)
-        finally:
-            self._num_watchers -= 1
+        while not self._ended.is_set():
+            document = snapshot(self._table, self.balancer, self._model.id)
+            yield b"data: " + json.dumps(document).encode() + b"\n\n"
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), PAGE_INTERVAL_S)
 
     async def _health(self, request: Request) -> Response:
         is_ready = self.is_ready
@@ -223,16 +237,15 @@ class Router:
         return JSONResponse(self._model.model_dump())
 
 
-class _Generation:
-    """A path that answers with text, as an ASGI application."""
+class _Endpoint:
+    """A path that writes its own response, as an ASGI application."""
 
-    def __init__(self, router: Router, parse_body: ParseBody) -> None:
-        self._router = router
-        self._parse_body = parse_body
+    def __init__(self, answer: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await self._router.generate(self._parse_body, scope, receive, send)
+            await self._answer(scope, receive, send)
         except ApiError as error:
             await send_error(error, send)
         except ClientGone:

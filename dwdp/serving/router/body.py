@@ -12,7 +12,6 @@ from dwdp.serving.openai.errors import ApiError, overloaded, too_large
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 """ASGI's receive."""
 
-_DISCARD_S = 5.0
 _RETRY_S = 1.0
 
 
@@ -34,21 +33,28 @@ class BodyReader:
         self._max_buffered_bytes = max_buffered_bytes
         self._timeout_s = timeout_s
         self.buffered_bytes = 0
+        self._ended: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+
+    def end(self, reason: ApiError) -> None:
+        """Wait for no body any more. The first reason stays."""
+        if not self._ended.done():
+            self._ended.set_result(reason)
 
     @asynccontextmanager
     async def read(self, headers: dict[bytes, bytes], receive: Receive) -> AsyncIterator[bytes]:
         """The body; its room is given back at the end of the block.
 
         Raises:
-            ApiError: 413 too long, 408 too slow, 429 no room for another one.
+            ApiError: 413 too long, 408 too slow, 429 no room for another one, or the reason given to
+                :meth:`end`.
             ClientGone: the client closed the connection.
         """
         held = 0
+        body = bytearray()
         try:
             length = headers.get(b"content-length", b"")
             if length.isdigit() and int(length) > self._max_body_bytes:
-                await self._refuse_length(receive)
-            body = bytearray()
+                raise too_large(self._max_body_bytes)
             deadline_s = asyncio.get_running_loop().time() + self._timeout_s
             is_complete = False
             while not is_complete:
@@ -56,34 +62,37 @@ class BodyReader:
                 body += data
                 held += len(data)
                 self.buffered_bytes += len(data)
-                if len(body) > self._max_body_bytes:
-                    await self._refuse_length(receive)
+                if held > self._max_body_bytes:
+                    raise too_large(self._max_body_bytes)
                 if self.buffered_bytes > self._max_buffered_bytes:
                     raise overloaded("The bodies of running requests take all room", _RETRY_S)
-            yield bytes(body)
+            whole = bytes(body)
+            body.clear()  # one copy is enough
+            yield whole
         finally:
             self.buffered_bytes -= held
 
     async def _next(self, receive: Receive, deadline_s: float) -> tuple[bytes, bool]:
-        left_s = deadline_s - asyncio.get_running_loop().time()
+        receiving = asyncio.ensure_future(receive())
+        either: set[asyncio.Future[Any]] = {receiving, self._ended}
+        left_s = max(0.0, deadline_s - asyncio.get_running_loop().time())
         try:
-            message = await asyncio.wait_for(receive(), max(0.0, left_s))
-        except (asyncio.TimeoutError, TimeoutError):
-            raise ApiError(
-                408,
-                f"The request's body did not arrive within {self._timeout_s:g} s",
-                code="body_timeout",
-            ) from None
+            await asyncio.wait(either, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            receiving.cancel()
+        if not receiving.done():
+            raise self._late()
+        message = receiving.result()
         if message["type"] == "http.disconnect":
             raise ClientGone
         return message.get("body", b""), not message.get("more_body", False)
 
-    async def _refuse_length(self, receive: Receive) -> None:
-        """Read on for a moment, because a client that is still sending does not see an answer."""
-        deadline_s = asyncio.get_running_loop().time() + _DISCARD_S
-        try:
-            while not (await self._next(receive, deadline_s))[1]:
-                pass
-        except ApiError:
-            pass
-        raise too_large(self._max_body_bytes)
+    def _late(self) -> ApiError:
+        """Why a body is not waited for any longer."""
+        if self._ended.done():
+            return self._ended.result().with_traceback(None)
+        return ApiError(
+            408,
+            f"The request's body did not arrive within {self._timeout_s:g} s",
+            code="body_timeout",
+        )

@@ -1,15 +1,34 @@
-"""How much work a request is, estimated without a tokenizer. It steers; nothing is refused by it."""
+"""How much work a request is, estimated without a tokenizer. Only what is certain is ground for a refusal."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from dwdp.serving.openai.errors import context_length_exceeded
 from dwdp.serving.openai.requests import ChatCompletionRequest, CompletionRequest
-from dwdp.serving.router.balancer import Cost
 
 CHARS_PER_TOKEN = 4
 UNLIMITED_NEW_TOKENS = 512
 """What an answer without a limit is taken for."""
 
+MOST_NEW_TOKENS = 1 << 20
+"""What an answer is taken for at most. A client may name any number."""
+
 _TOKENS_PER_MESSAGE = 4
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a request is expected to cost a rank.
+
+    Attributes:
+        prompt_tokens, new_tokens: of all its sequences together.
+        num_sequences: answers that it asks for.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    num_sequences: int
 
 
 def estimate_cost(request: CompletionRequest | ChatCompletionRequest) -> Cost:
@@ -26,8 +45,31 @@ def estimate_cost(request: CompletionRequest | ChatCompletionRequest) -> Cost:
             for prompt in request.prompts
         )
     num_sequences = num_prompts * request.num_choices
-    new_tokens = num_sequences * (request.max_new_tokens or UNLIMITED_NEW_TOKENS)
-    return Cost(prompt_tokens * request.num_choices, new_tokens, num_sequences)
+    new_tokens = min(request.max_new_tokens or UNLIMITED_NEW_TOKENS, MOST_NEW_TOKENS)
+    return Cost(prompt_tokens * request.num_choices, num_sequences * new_tokens, num_sequences)
+
+
+def check_length(request: CompletionRequest | ChatCompletionRequest, limit: int | None) -> None:
+    """Refuse what cannot fit into ``limit`` tokens (None: any number), whatever the tokenizer makes of it.
+
+    Raises:
+        ApiError: 400, the prompt's token ids, or one token for a text, and the answer are more than that.
+    """
+    if limit is None:
+        return
+    param, prompt_tokens = "messages", 1
+    if isinstance(request, CompletionRequest):
+        param = "prompt"
+        prompt_tokens = max(
+            1 if isinstance(prompt, str) else len(prompt) for prompt in request.prompts
+        )
+    new_tokens = request.max_new_tokens or 1
+    if prompt_tokens + new_tokens > limit:
+        raise context_length_exceeded(
+            f"The longest sequence here is {limit} tokens; a prompt of {prompt_tokens} or more tokens and an "
+            f"answer of {new_tokens} do not fit. Shorten the prompt or lower max_tokens",
+            param,
+        )
 
 
 def _text_tokens(text: str) -> int:

@@ -12,14 +12,17 @@ import aiohttp
 
 from dwdp.serving.openai.errors import unavailable
 from dwdp.serving.openai.streaming import CONTENT_TYPE, error_event
-from dwdp.serving.router.balancer import Balancer, Cost, Deadline, Lease
+from dwdp.serving.router.balancer import Balancer
+from dwdp.serving.router.cost import Cost
+from dwdp.serving.router.lease import Deadline, Lease
 from dwdp.serving.router.metrics import RouterMetrics
+from dwdp.serving.router.refusals import REFUSAL_STATUSES, RankRefused, Refusals, has_failed
 from dwdp.serving.supervisor.link import LINK_ERRORS
 
 log = logging.getLogger(__name__)
 
-_RETRYABLE_STATUSES = frozenset({429, 503})
 _LOST_RETRY_S = 1.0
+_LEAST_TIMEOUT_S = 0.001
 _RETURNED_HEADERS = ("content-type", "retry-after", "x-request-id")
 _LOST = "rank_lost"
 
@@ -53,7 +56,7 @@ class _Answer:
 
 
 class _RankLost(Exception):
-    """A rank ended, or refused, before it had produced anything: another one can do the work.
+    """A rank ended before it had produced anything: another one can do the work.
 
     Attributes:
         was_given: whether the rank had the request; if not, the request has no part in the loss.
@@ -75,6 +78,9 @@ class Forwarder:
     async def answer(self, job: Job, send: Send) -> int:
         """Have ``job`` done and send the answer to the client; returns the status sent.
 
+        A rank that dies before the first token counts as an attempt; one that refuses the request does not,
+        but when all have refused it, so does this.
+
         A stream that breaks off after its first token ends with an error event and without ``[DONE]``.
 
         Raises:
@@ -82,11 +88,11 @@ class Forwarder:
         """
         arrived_s = time.monotonic()
         losses: list[str] = []
+        refusals = Refusals()
         avoid: set[int] = set()
-        is_retry = False
         while len(losses) < self._max_attempts:
             lease = await self._balancer.acquire(
-                job.cost, deadline=job.deadline, avoid=avoid, is_retry=is_retry
+                job.cost, deadline=job.deadline, avoid=avoid, is_retry=bool(avoid)
             )
             timer = asyncio.get_running_loop().call_at(
                 job.deadline.at_s, lease.cut, job.deadline.error()
@@ -94,12 +100,16 @@ class Forwarder:
             try:
                 answer = await self._first_bytes(lease, job)
                 self._metrics.first_byte_s.observe(time.monotonic() - arrived_s)
-                return await self._pass_on(answer, lease, job, send)
+                return await self._pass_on(answer, lease, send)
+            except RankRefused as refusal:
+                self._balancer.pause(lease)
+                refusals.add(lease.rank.rank, refusal)
+                if (error := refusals.verdict(self._balancer.ready_ranks())) is not None:
+                    raise error from None
+                self._metrics.retries.inc()
             except _RankLost as loss:
                 # Its end may not be known yet, and it would be given the next request as well.
-                lease.pause_rank()
-                is_retry = True
-                avoid.add(lease.rank.rank)
+                self._balancer.pause(lease)
                 if loss.was_given:
                     losses.append(f"rank {lease.rank.rank} {loss}")
                     self._metrics.retries.inc()
@@ -107,6 +117,7 @@ class Forwarder:
             finally:
                 timer.cancel()
                 lease.release()
+            avoid.add(lease.rank.rank)
         raise unavailable(
             f"No rank could answer: {'; '.join(losses)}", _LOST, retry_after_s=_LOST_RETRY_S
         )
@@ -115,10 +126,11 @@ class Forwarder:
         """Wait for the whole answer, or for a stream's first event.
 
         Raises:
-            _RankLost: the rank ended, or refused, before that.
+            RankRefused: the rank did not begin.
+            _RankLost: the rank ended before that.
             ApiError: the request was cut off for a reason of the router's own.
         """
-        attempt = asyncio.ensure_future(self._open(lease, job))
+        attempt = asyncio.ensure_future(_open(lease, job))
         lease.on_cut(attempt.cancel)
         try:
             await asyncio.wait({attempt})
@@ -127,42 +139,17 @@ class Forwarder:
             attempt.add_done_callback(_discard)
             raise
         if attempt.cancelled():
-            assert lease.cut_reason is not None
-            if lease.cut_reason.code == _LOST:
+            if lease.cut_reason is None or lease.cut_reason.code == _LOST:
                 raise _RankLost("did not answer")
-            raise lease.cut_reason
+            raise lease.cut_reason.with_traceback(None)
         answer = attempt.result()
         lease.note_first_token()
         return answer
 
-    async def _open(self, lease: Lease, job: Job) -> _Answer:
-        headers = {**job.headers, "X-DWDP-Timeout-S": f"{job.deadline.left_s:.3f}"}
-        try:
-            response = await lease.link.post(job.path, job.body, headers)
-        except aiohttp.ClientConnectorError as error:
-            raise _RankLost("cannot be reached", was_given=False) from error
-        except LINK_ERRORS as error:
-            raise _RankLost(f"was lost ({type(error).__name__})") from error
-        try:
-            if response.status in _RETRYABLE_STATUSES:
-                raise _RankLost(f"refused with status {response.status}")
-            if _is_stream(response):
-                data = await response.content.readany()
-                if not data:
-                    raise _RankLost("ended its stream before the first event")
-            else:
-                data = await response.read()
-        except LINK_ERRORS as error:
-            raise _RankLost(f"was lost ({type(error).__name__})") from error
-        except BaseException:
-            response.close()
-            raise
-        return _Answer(response, data)
-
-    async def _pass_on(self, answer: _Answer, lease: Lease, job: Job, send: Send) -> int:
+    async def _pass_on(self, answer: _Answer, lease: Lease, send: Send) -> int:
         response = answer.response
         headers = [
-            (name.encode(), response.headers[name].encode("latin-1"))
+            (name.encode(), response.headers[name].encode("utf-8", "surrogateescape"))
             for name in _RETURNED_HEADERS
             if name in response.headers
         ]
@@ -172,27 +159,28 @@ class Forwarder:
         else:
             headers.append((b"content-length", str(len(answer.data)).encode()))
         start = {"type": "http.response.start", "status": response.status, "headers": headers}
-        await send(start)
-        if streams:
-            await self._pass_on_stream(answer, lease, send)
-        else:
-            await send({"type": "http.response.body", "body": answer.data})
+        try:
+            await send(start)
+            if streams:
+                await self._pass_on_stream(answer, lease, send)
+            else:
+                await send({"type": "http.response.body", "body": answer.data})
+        finally:
+            # One that was read to its end has given its connection back, and is not closed by this.
+            response.close()
         return response.status
 
     async def _pass_on_stream(self, answer: _Answer, lease: Lease, send: Send) -> None:
         """The rest of a stream. Memory is bounded: what the client does not read is not read here."""
         content, data = answer.response.content, answer.data
         lease.on_cut(answer.response.close)
-        try:
-            while data:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+        while data:
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+            try:
                 data = await content.readany()
-        except LINK_ERRORS as error:
-            await self._end_cut_stream(lease, error, send)
-            return
-        finally:
-            # One that was read to its end has given its connection back, and is not closed by this.
-            answer.response.close()
+            except LINK_ERRORS as error:
+                await self._end_cut_stream(lease, error, send)
+                return
         await send({"type": "http.response.body", "body": b""})
 
     async def _end_cut_stream(self, lease: Lease, error: Exception, send: Send) -> None:
@@ -206,6 +194,45 @@ class Forwarder:
         # A blank line first: the rank may have left an event half written.
         event = b"\n\n" + error_event(reason)
         await send({"type": "http.response.body", "body": event})
+
+
+async def _open(lease: Lease, job: Job) -> _Answer:
+    """Put ``job`` to the rank, and wait for the first bytes of an answer.
+
+    Raises:
+        RankRefused, _RankLost: see :meth:`Forwarder._first_bytes`.
+    """
+    left_s = max(job.deadline.left_s, _LEAST_TIMEOUT_S)
+    try:
+        response = await lease.link.post(
+            job.path, job.body, {**job.headers, "X-DWDP-Timeout-S": f"{left_s:.3f}"}
+        )
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        raise _RankLost("cannot be reached", was_given=False) from error
+    except LINK_ERRORS as error:
+        raise _RankLost(f"was lost ({type(error).__name__})") from error
+    try:
+        return _Answer(response, await _first_data(response))
+    except LINK_ERRORS as error:
+        response.close()
+        raise _RankLost(f"was lost ({type(error).__name__})") from error
+    except BaseException:
+        response.close()
+        raise
+
+
+async def _first_data(response: aiohttp.ClientResponse) -> bytes:
+    if _is_stream(response):
+        data = await response.content.readany()
+        if not data:
+            raise _RankLost("ended its stream before the first event")
+        return data
+    data = await response.read()
+    if has_failed(response.status, data):
+        raise _RankLost("failed")
+    if response.status in REFUSAL_STATUSES:
+        raise RankRefused(response.status, response.headers.get("Retry-After"))
+    return data
 
 
 def _is_stream(response: aiohttp.ClientResponse) -> bool:

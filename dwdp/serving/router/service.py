@@ -13,7 +13,7 @@ from typing import Any, cast
 import uvicorn
 
 from dwdp.fabric.descriptor_limit import raise_descriptor_limit
-from dwdp.serving.openai.errors import unavailable
+from dwdp.serving.openai.errors import ApiError, unavailable
 from dwdp.serving.router.app import Router, send_error
 from dwdp.serving.router.body import Receive
 from dwdp.serving.router.connection import ConnectionLimits, GuardedProtocol
@@ -38,6 +38,7 @@ EXIT_DONE = 0
 EXIT_INTERRUPTED = 130
 
 _LAST_WORDS_S = 2.0
+_CLOSING_S = 1.0
 _RANK_GRACE_S = 10.0
 _RETRY_S = 5.0
 
@@ -68,7 +69,11 @@ class Service:
     ) -> None:
         self._settings = settings
         self._announce = announce
-        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        self._first_signal: asyncio.Future[signal.Signals] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._hurry = asyncio.Event()  # nothing is waited for any more
+        self._is_ending = False
         self._table = RankTable.of_size(launcher.num_ranks)
         self._supervisor = Supervisor(launcher, self._table, watch=watch)
         self._router = Router(self._table, model, settings, ApiKeys(keys))
@@ -83,56 +88,86 @@ class Service:
         Raises:
             BadInput, SetupFailed, GroupError: the group could not be set up, or no rank is left of it.
         """
-        url = url_of(self._listener)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signals.put_nowait, number)
+            loop.add_signal_handler(number, self._note_signal, number)
+        url = url_of(self._listener)
         server = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
-        signalled = asyncio.ensure_future(self._signals.get())
         grouped = asyncio.ensure_future(self._supervise(url))
+        reason = unavailable("No rank is left: the server is ending", "no_rank", _RETRY_S)
+        first: set[asyncio.Future[Any]] = {server, self._first_signal, grouped}
         try:
-            await asyncio.wait({server, signalled, grouped}, return_when=asyncio.FIRST_COMPLETED)
-            if not signalled.done():
-                (grouped if grouped.done() else server).result()
-            await self._drain(server)
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if not self._first_signal.done():
+                await (grouped if grouped.done() else server)
+                raise RuntimeError("the HTTP server ended by itself")
+            reason = unavailable("The server is ending", "draining", _RETRY_S)
+            await self._drain(server, reason)
         finally:
-            for task in (grouped, signalled):
-                task.cancel()
-            await self._supervisor.stop(_RANK_GRACE_S if self._signals.empty() else 0.0)
-            await self._end_server(server)
-        return EXIT_INTERRUPTED if signalled.result() == signal.SIGINT else EXIT_DONE
+            self._is_ending = True
+            await self._end_server(server, reason)
+            await self._stop_ranks()
+            grouped.cancel()
+            await asyncio.gather(grouped, return_exceptions=True)
+        was_interrupted = self._first_signal.result() == signal.SIGINT
+        return EXIT_INTERRUPTED if was_interrupted else EXIT_DONE
+
+    def _note_signal(self, number: signal.Signals) -> None:
+        """The first signal ends the command; any other one, or one while it ends, cuts the waiting short."""
+        if self._is_ending:
+            self._hurry.set()
+        else:
+            self._is_ending = True
+            self._first_signal.set_result(number)
 
     async def _supervise(self, url: str) -> None:
         await self._supervisor.start()
-        self._router.balancer.open()
-        self._announce(url, len(self._table.ranks))
+        if not self._is_ending:
+            self._router.balancer.open()
+            self._announce(url, len(self._table.ranks))
         await self._supervisor.wait()
 
-    async def _drain(self, server: asyncio.Task[None]) -> None:
+    async def _drain(self, server: asyncio.Task[None], reason: ApiError) -> None:
         """Accept nothing more and let running requests finish; a second signal cuts that short."""
         log.info("draining: %.0f s for what is running", self._settings.grace_s)
-        reason = unavailable("The server is ending", "draining", _RETRY_S)
-        self._router.balancer.close(reason)
-        self._router.end_pages()
+        self._router.drain(reason)
         self._server.should_exit = True
-        again = asyncio.ensure_future(self._signals.get())
-        await asyncio.wait(
-            {server, again},
-            timeout=self._settings.grace_s,
-            return_when=asyncio.FIRST_COMPLETED,
-        )
-        again.cancel()
+        await self._unless_hurried(server, self._settings.grace_s)
         if not server.done():
             log.warning("requests that are still running are ended")
-            self._router.balancer.cut_all(reason)
-            await asyncio.wait({server}, timeout=_LAST_WORDS_S)
 
-    async def _end_server(self, server: asyncio.Task[None]) -> None:
-        self._server.should_exit = self._server.force_exit = True
+    async def _end_server(self, server: asyncio.Task[None], reason: ApiError) -> None:
+        """End what is left, and give clients a moment to be told so."""
+        self._router.end(reason)
+        self._server.should_exit = True
         await asyncio.wait({server}, timeout=_LAST_WORDS_S)
+        self._server.force_exit = True
+        await asyncio.wait({server}, timeout=_CLOSING_S)
         server.cancel()
         await asyncio.gather(server, return_exceptions=True)
         self._listener.close()
+
+    async def _stop_ranks(self) -> None:
+        """Let the ranks finish, which have nothing to do any more; a second signal cuts that short."""
+        log.info("ending the ranks")
+        stopping = asyncio.ensure_future(self._supervisor.stop(_RANK_GRACE_S))
+        await self._unless_hurried(stopping, None)
+        if stopping.done():
+            stopping.result()
+            return
+        stopping.cancel()
+        await asyncio.gather(stopping, return_exceptions=True)
+        await self._supervisor.stop(0.0)
+
+    async def _unless_hurried(self, work: asyncio.Task[None], timeout_s: float | None) -> None:
+        """Wait for ``work``, at most so long, and not once there is a second signal."""
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        try:
+            await asyncio.wait(
+                {work, hurry}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            hurry.cancel()
 
     def _uvicorn_config(self) -> uvicorn.Config:
         settings = self._settings

@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 60.0
+PATIENCE_S = 300.0
+"""Guards against hanging alone: no test takes a time for granted."""
+
 MODEL = "stand-in"
 COMPLETIONS = "/v1/completions"
 
@@ -33,6 +35,17 @@ def eventually(condition: Callable[[], Any], what: str) -> Any:
             return result
         time.sleep(0.02)
     raise AssertionError(f"never came true: {what}")
+
+
+def words(prompt: str, count: int) -> list[str]:
+    """What stand-in ranks answer."""
+    return [f"{prompt}:{number}" for number in range(count)]
+
+
+def wait_for_work(front: Front, rank: int, num_sequences: int = 1) -> None:
+    eventually(
+        lambda: front.rank(rank)["sequences"] >= num_sequences, f"rank {rank} has something to do"
+    )
 
 
 class Reply:
@@ -68,6 +81,7 @@ class Front:
         address = urllib.parse.urlsplit(url)
         assert address.hostname is not None and address.port is not None
         self.address = (address.hostname, address.port)
+        self.headers: dict[str, str] = {}  # of every request
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -89,7 +103,7 @@ class Front:
         connection = self.connect()
         try:
             data = body if isinstance(body, bytes) or body is None else json.dumps(body)
-            connection.request(method, path, data, headers or {})
+            connection.request(method, path, data, {**self.headers, **(headers or {})})
             return Reply(connection.getresponse())
         finally:
             connection.close()
@@ -108,7 +122,7 @@ class Front:
         """What the page would show now."""
         connection = self.connect()
         try:
-            connection.request("GET", "/page/events")
+            connection.request("GET", "/page/events", headers=self.headers)
             line = connection.getresponse().readline()
             return dict(json.loads(line.removeprefix(b"data: ")))
         finally:
@@ -148,7 +162,7 @@ class Events:
 
     def __init__(self, front: Front, body: dict[str, Any]) -> None:
         self._connection = front.connect()
-        self._connection.request("POST", COMPLETIONS, json.dumps(body))
+        self._connection.request("POST", COMPLETIONS, json.dumps(body), front.headers)
         self._response = self._connection.getresponse()
         assert self._response.status == 200, self._response.read()
         assert self._response.getheader("content-type", "").startswith("text/event-stream")
@@ -182,25 +196,9 @@ def spawn(arguments: list[str]) -> subprocess.Popen[str]:
 
 
 @contextmanager
-def serving(
-    num_ranks: int = 2,
-    *,
-    max_running: int = 8,
-    keys: tuple[str, ...] = (),
-    exit_with: dict[str, int] | None = None,
-    watch: dict[str, float] | None = None,
-    **settings: Any,
-) -> Iterator[Front]:
-    """The real router over stand-in ranks."""
-    process = start_stand_ins(
-        num_ranks,
-        max_running=max_running,
-        keys=keys,
-        exit_with=exit_with,
-        watch=watch,
-        **settings,
-    )
-    with running(process) as front:
+def serving(num_ranks: int = 2, **options: Any) -> Iterator[Front]:
+    """The real router over stand-in ranks. For the options see :func:`start_stand_ins`."""
+    with running(start_stand_ins(num_ranks, **options)) as front:
         yield front
 
 
@@ -208,16 +206,20 @@ def start_stand_ins(
     num_ranks: int = 2,
     *,
     max_running: int = 8,
+    limits: dict[str, int] | None = None,
     keys: tuple[str, ...] = (),
     exit_with: dict[str, int] | None = None,
+    max_groups: int = 1000,
     watch: dict[str, float] | None = None,
     **settings: Any,
 ) -> subprocess.Popen[str]:
     options = {
         "num_ranks": num_ranks,
         "max_running": max_running,
+        "limits": limits or {},
         "keys": keys,
         "exit_with": exit_with or {},
+        "max_groups": max_groups,
         "watch": watch or QUICK_WATCH,
         "settings": settings,
     }
@@ -229,11 +231,23 @@ def start_stand_ins(
 def running(process: subprocess.Popen[str], pattern: str = r"ready (\S+)") -> Iterator[Front]:
     """The front of ``process`` once it has said that it is ready; the process is ended afterwards."""
     try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
+        line = first_line(process)
         found = re.search(pattern, line)
-        assert found is not None, (line, process.stderr and process.stderr.read())
+        if found is None:
+            process.kill()
+            raise AssertionError((line, process.communicate()[1]))
         yield Front(process, found.group(1))
     finally:
         process.kill()
         process.wait()
+
+
+def first_line(process: subprocess.Popen[str]) -> str:
+    """The first line on its standard output; "" if there is none in time, when it is killed."""
+    assert process.stdout is not None
+    killer = threading.Timer(PATIENCE_S, process.kill)
+    killer.start()
+    try:
+        return process.stdout.readline()
+    finally:
+        killer.cancel()

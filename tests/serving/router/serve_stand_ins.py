@@ -1,6 +1,7 @@
 """``dwdp serve`` in small: the real router and supervisor over stand-in ranks. Options: one JSON argument.
 
-``num_ranks``, ``max_running``, ``settings`` (of the router), ``keys``, ``watch``, and ``exit_with``: by
+``num_ranks``, ``max_running``, ``limits`` (more that the ranks say), ``settings`` (of the router), ``keys``,
+``watch``, ``max_groups`` (how often there is a place for the ranks to meet), and ``exit_with``: by
 ``"RANK/START"`` the exit code with which that start of that rank fails.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dwdp.cli.main import describe_error
+from dwdp.group import GroupError
 from dwdp.serving.router.service import Service
 from dwdp.serving.router.settings import RouterSettings
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
@@ -35,6 +37,8 @@ class StandInRanks:
         self._num_starts = [0] * self.num_ranks
 
     def new_group(self) -> None:
+        if self._num_groups == self._options["max_groups"]:
+            raise GroupError("no place to meet")
         self._num_groups += 1
 
     def start(self, rank: int, incarnation: int) -> RankStart:
@@ -50,6 +54,7 @@ class StandInRanks:
             "rank": rank,
             "parent_pid": os.getpid(),
             "max_running": self._options["max_running"],
+            "limits": self._options["limits"],
             "exit_with": self._options["exit_with"].get(f"{rank}/{start}", 0),
         }
         return RankStart(

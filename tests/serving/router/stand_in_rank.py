@@ -1,9 +1,11 @@
 """A rank process without a model: it keeps the rules of ``supervisor/interface.py`` and counts words.
 
-Its one line of standard input is JSON: ``socket``, ``token``, ``rank``, ``parent_pid``, ``max_running`` and
-``exit_with`` (an exit code: fail at once with it). A prompt may hold directives, ``"first=0.5 each=0.1"``:
-seconds before the first word and between words. ``die=3`` kills the process after three words, and
-``status=503`` is answered with that status.
+Its one line of standard input is JSON: ``socket``, ``token``, ``rank``, ``parent_pid``, ``max_running``,
+``limits`` (what it says of its limits besides) and ``exit_with`` (an exit code: fail at once with it). A
+prompt may hold directives, ``"first=0.5 each=0.1"``: seconds before the first word and between words.
+``die=3`` kills the process after three words, ``status=503 retry=7`` is answered with that status and
+``Retry-After``, ``only=1`` limits that to rank 1, and ``failed=1`` makes it the answer of an engine that
+broke down.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class StandInRank:
             {
                 "requests": self.counts,
                 "tokens": {"prompt": 7, "generated": self.words},
-                "limits": {"max_running": self.job["max_running"]},
+                "limits": {"max_running": self.job["max_running"], **self.job["limits"]},
                 "memory": {"rss_bytes": 50 << 20, "dense_bytes": 3 << 20},
                 "runtime": {
                     "resident_expert_bytes": 8 << 20,
@@ -89,8 +91,12 @@ class StandInRank:
     async def generate(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         prompt = body.get("prompt") or body["messages"][-1]["content"]
         asked = directives(prompt) if isinstance(prompt, str) else {}
-        if "status" in asked:
-            return web.json_response({"error": {"message": "asked"}}, status=int(asked["status"]))
+        if "status" in asked and asked.get("only") in (None, self.job["rank"]):
+            headers = {"Retry-After": str(int(asked["retry"]))} if "retry" in asked else {}
+            document = {"error": {"message": "asked", "code": "asked"}}
+            if "failed" in asked:
+                document["error"]["code"] = "engine_failed"
+            return web.json_response(document, status=int(asked["status"]), headers=headers)
         await asyncio.sleep(asked.get("first", 0.0))
         num_words = body.get("max_tokens") or 16
         headers = {"X-Request-Id": request.headers["X-Request-Id"]}

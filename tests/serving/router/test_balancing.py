@@ -4,51 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+import traceback
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ready_balancer import with_balancer
 
-from dwdp.serving.openai.errors import ApiError
+from dwdp.serving.openai.errors import ApiError, unavailable
 from dwdp.serving.openai.requests import ChatCompletionRequest, CompletionRequest, parse
-from dwdp.serving.router.balancer import Balancer, Cost, Deadline, Lease, window
-from dwdp.serving.router.cost import UNLIMITED_NEW_TOKENS, estimate_cost
-from dwdp.serving.supervisor.interface import RankEndpoint
-from dwdp.serving.supervisor.link import RankLink
+from dwdp.serving.router.balancer import Balancer
+from dwdp.serving.router.cost import UNLIMITED_NEW_TOKENS, Cost, check_length, estimate_cost
+from dwdp.serving.router.lease import Deadline, Lease
+from dwdp.serving.router.rank_limits import RankLimits, widest_limits
 from dwdp.serving.supervisor.ranks import RankState, RankTable
 from dwdp.serving.supervisor.restarts import RestartPolicy
 
 costs = st.builds(
     Cost, st.integers(0, 1000), st.integers(1, 1000), num_sequences=st.integers(1, 12)
 )
-
-
-def with_balancer(
-    num_ranks: int,
-    body: Callable[[Balancer, RankTable], Awaitable[None]],
-    *,
-    max_running: int = 4,
-    max_queued: int = 100,
-) -> None:
-    """Run ``body`` with a balancer over ranks that are ready. Nothing is sent to them."""
-
-    async def run() -> None:
-        table = RankTable.of_size(num_ranks)
-        balancer = Balancer(table, max_queued=max_queued)
-        balancer.open()
-        for rank in table.ranks:
-            rank.link = RankLink(RankEndpoint(socket="nobody"))
-            rank.stats = {"limits": {"max_running": max_running}}
-            table.set_state(rank, RankState.READY)
-        try:
-            await body(balancer, table)
-        finally:
-            for rank in table.ranks:
-                assert rank.link is not None
-                await rank.link.close()
-
-    asyncio.run(run())
 
 
 @settings(deadline=None)
@@ -72,7 +46,7 @@ def test_places_are_given_in_order_within_the_window_and_all_come_back(
             await asyncio.sleep(0)
             for rank in table.ranks:
                 load = balancer.load_of(rank.rank)
-                assert load.num_sequences <= window(rank) or len(load.leases) == 1
+                assert load.num_sequences < RankLimits.of(rank).window + 12
                 assert load.outstanding_tokens >= 0
             if held and choice % 3 == 0:
                 held.pop(choice % len(held)).release()
@@ -114,7 +88,8 @@ def test_those_that_lost_their_rank_go_first_and_are_not_refused() -> None:
     async def body(balancer: Balancer, table: RankTable) -> None:
         deadline, cost = Deadline.after(10), Cost(1, 1, 1)
         running = [
-            await balancer.acquire(cost, deadline=deadline) for _ in range(window(table.ranks[0]))
+            await balancer.acquire(cost, deadline=deadline)
+            for _ in range(RankLimits.of(table.ranks[0]).window)
         ]
         order: list[str] = []
 
@@ -135,6 +110,67 @@ def test_those_that_lost_their_rank_go_first_and_are_not_refused() -> None:
         assert order == ["retry", "new"]
 
     with_balancer(1, body, max_queued=1)
+
+
+def test_what_lost_its_rank_after_the_end_does_not_wait() -> None:
+    """A rank may be lost while the server ends: there is nothing left that would wake the request."""
+
+    async def body(balancer: Balancer, table: RankTable) -> None:
+        cost, reason = Cost(1, 1, 1), unavailable("ending", "draining", 1.0)
+        table.set_state(table.ranks[0], RankState.DEAD)
+        waiting = asyncio.ensure_future(balancer.acquire(cost, deadline=Deadline.after(1e6)))
+        await asyncio.sleep(0)
+        balancer.close(reason)
+        retry = asyncio.ensure_future(
+            balancer.acquire(cost, deadline=Deadline.after(1e6), is_retry=True)
+        )
+        await asyncio.sleep(0)
+        assert not waiting.done() and not retry.done()  # both may go on until the end
+        balancer.cut_all(reason)
+        for late in (waiting, retry):
+            with pytest.raises(ApiError, match="ending"):
+                await late
+        for is_retry in (False, True):
+            with pytest.raises(ApiError, match="ending"):
+                await balancer.acquire(cost, deadline=Deadline.after(1e6), is_retry=is_retry)
+
+    with_balancer(1, body)
+
+
+def test_refusals_keep_nothing_of_the_requests() -> None:
+    """An error that is raised again and again must not gather what it was raised for."""
+
+    async def body(balancer: Balancer, table: RankTable) -> None:
+        balancer.close(unavailable("closed", "starting", 1.0))
+        depths = []
+        for _ in range(5):
+            with pytest.raises(ApiError) as caught:
+                await balancer.acquire(Cost(1, 1, 1), deadline=Deadline.after(1e6))
+            depths.append(len(traceback.extract_tb(caught.value.__traceback__)))
+        assert len(set(depths)) == 1
+
+    with_balancer(1, body)
+
+
+def test_clients_that_leave_at_the_deadline_leave_no_place_taken() -> None:
+    async def body(balancer: Balancer, table: RankTable) -> None:
+        cost = Cost(1, 1, 1)
+        table.set_state(table.ranks[0], RankState.UNRESPONSIVE)
+        for is_placed in (False, True):
+            waiting = asyncio.ensure_future(balancer.acquire(cost, deadline=Deadline.after(1e6)))
+            await asyncio.sleep(0)
+            if is_placed:
+                table.set_state(table.ranks[0], RankState.READY)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            assert (balancer.num_queued, balancer.load_of(0).num_sequences) == (0, 0)
+        table.set_state(table.ranks[0], RankState.UNRESPONSIVE)
+        with pytest.raises(ApiError) as caught:
+            await balancer.acquire(cost, deadline=Deadline.after(0.0))
+        assert caught.value.status == 504 and balancer.num_queued == 0
+
+    with_balancer(1, body)
 
 
 @settings(deadline=None)
@@ -164,3 +200,47 @@ def test_restarts_are_spaced_out_only_for_ranks_that_fail(ready: list[float | No
         assert policy.first_delay_s <= policy.delay_s <= policy.max_delay_s
         assert policy.is_exhausted == (failures >= policy.limit)
     assert RestartPolicy().delay_s == 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "param"),
+    [
+        ({"prompt": "any", "max_tokens": 9}, 10, None),
+        ({"prompt": "any", "max_tokens": 10}, 10, "prompt"),
+        ({"prompt": [[1], [1] * 7], "max_tokens": 3}, 10, None),
+        ({"prompt": [[1], [1] * 8], "max_tokens": 3}, 10, "prompt"),
+        ({"prompt": [1] * 8, "max_tokens": 3}, None, None),
+        ({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 10}, 10, "messages"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, 2, None),
+        ({"messages": [{"role": "user", "content": "hi"}]}, 1, "messages"),
+    ],
+)
+def test_only_what_is_certainly_too_long_is_refused(
+    options: dict[str, object], limit: int | None, param: str | None
+) -> None:
+    kind = ChatCompletionRequest if "messages" in options else CompletionRequest
+    request = parse(kind, json.dumps({"model": "m", **options}).encode())
+    if param is None:
+        check_length(request, limit)
+        return
+    with pytest.raises(ApiError) as caught:
+        check_length(request, limit)
+    assert (caught.value.status, caught.value.param) == (400, param)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_the_limits_of_a_group_are_those_of_its_widest_rank() -> None:
+    table = RankTable.of_size(3)
+    assert widest_limits(table.ranks) == RankLimits()  # nobody has said anything
+    table.ranks[0].stats = {
+        "limits": {"max_running": 4, "max_waiting": 2, "max_sequence_length": 9}
+    }
+    assert widest_limits(table.ranks) == RankLimits(4, 2, 9)
+    table.ranks[1].stats = {
+        "limits": {"max_running": 2, "max_waiting": 6, "max_sequence_length": 7}
+    }
+    assert widest_limits(table.ranks) == RankLimits(2, 6, 9)
+    table.ranks[2].stats = {"limits": {"max_running": True, "max_waiting": -1}}
+    assert widest_limits(table.ranks) == RankLimits()
+    table.ranks[2].stats = {"limits": "none"}
+    assert widest_limits(table.ranks) == RankLimits()

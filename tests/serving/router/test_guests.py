@@ -14,6 +14,8 @@ import psutil
 import pytest
 from front import COMPLETIONS, MODEL, Front, Reply, eventually, serving
 
+from dwdp.serving.router.app import MAX_WATCHERS
+
 ASKED = {"model": MODEL, "prompt": "hello", "max_tokens": 2}
 
 
@@ -99,6 +101,31 @@ def test_wrong_bodies_are_told_what_is_wrong(
     assert reply.status == status
     assert reply.error["param"] == param
     assert reply.error["message"]
+
+
+def test_numbers_beyond_all_measure_harm_nobody(front: Front) -> None:
+    body = b'{"model": "stand-in", "prompt": "first=1000 huge", "max_tokens": 1%s}' % (b"0" * 4000)
+    connection = front.connect()
+    connection.request("POST", COMPLETIONS, body)
+    eventually(lambda: front.rank(0)["sequences"] == 1, "it is on a rank")
+    assert 0 < front.metric("dwdp_rank_outstanding_tokens") < 1e7
+    connection.close()
+    eventually(lambda: front.rank(0)["sequences"] == 0, "it has left")
+
+
+def test_watchers_are_limited_and_let_go(front: Front) -> None:
+    for _ in range(3):
+        head = front.request("HEAD", "/page/events")
+        assert (head.status, head.body) == (200, b"")
+    with ExitStack() as stack:
+        for _ in range(MAX_WATCHERS):
+            connection = front.connect()
+            stack.callback(connection.close)
+            connection.request("GET", "/page/events")
+            assert connection.getresponse().status == 200
+        reply = front.get("/page/events")
+        assert reply.status == 429 and reply.headers["retry-after"] == "30"
+    eventually(lambda: "queued" in front.snapshot(), "there is room for pages again")
 
 
 def test_a_body_without_a_length_is_cut_off_at_the_limit(front: Front) -> None:

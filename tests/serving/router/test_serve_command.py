@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
-from front import Front, eventually, running, spawn
+from front import PATIENCE_S, Front, eventually, running, spawn
+
+from dwdp.cli.main import run
+from dwdp.config import DwdpConfig
+from dwdp.engines.transformers.loading import inspect_checkpoint
+from dwdp.fabric.base import FabricError
+from dwdp.group import Group
+from dwdp.launch import discover_launch
+from dwdp.memory_plan import NotEnoughMemoryError
+from dwdp.rendezvous import PeerFailure
+from dwdp.serving.plan import plan_group_memory
+from dwdp.serving.rank_server.batching import planned_kv_cache_bytes
+from dwdp.serving.rank_server.job import RankServerJob
+from dwdp.serving.rank_server.options import RankOptions
+from dwdp.serving.supervisor.checkpoint import check_servable
+from dwdp.serving.supervisor.transformers_ranks import TransformersRanks
 
 MODEL_DIR = Path(__file__).parents[3] / "examples" / "tiny_moe" / "model"
 MODEL = "tiny-moe"
@@ -178,11 +195,9 @@ def test_answers_survive_the_ranks(expected: dict[str, str]) -> None:
 def test_a_rank_killed_during_set_up_ends_the_command() -> None:
     process = serve("--dwdp-size", "2")
     try:
-        import psutil
-
         children = eventually(lambda: psutil.Process(process.pid).children(), "ranks are started")
         children[0].kill()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
     assert process.returncode == 1
@@ -190,30 +205,113 @@ def test_a_rank_killed_during_set_up_ends_the_command() -> None:
     assert errors.splitlines()[-1].startswith("dwdp: error: rank ")
 
 
+def refusal(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The one line with which the command refuses ``options``, before it starts any process."""
+    assert run(["serve", str(MODEL_DIR), "--port", "0", *options]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    [line] = output.err.splitlines()
+    assert line.startswith("dwdp: error: ")
+    return line
+
+
+def test_a_bad_option_is_refused_in_one_line() -> None:
+    _, errors = (process := serve("--max-queued", "-1")).communicate(timeout=PATIENCE_S)
+    assert process.returncode == 2
+    assert len(errors.splitlines()) == 1 and "--max-queued" in errors
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--max-queued", "-1"], "--max-queued"),
         (["--max-running", "0"], "--max-running"),
         (["--port", "65536"], "--port"),
         (["--host", "no.such.host.invalid"], "no.such.host.invalid"),
         (["--api-key", ""], "a key is empty"),
         (["--num-experts-per-worker", "1000"], "1000"),
+        (["--device", "tpu"], "--device"),
+        (["--max-sequence-length", "4096"], "the model has 2048 positions"),
+        (["--kv-cache-tokens", "2000"], "one sequence of 2048 tokens needs 2112"),
+        (["--kv-cache-tokens", str(10**12)], "GiB of key-value cache; "),
     ],
 )
-def test_bad_options_are_refused_in_one_line(options: list[str], text: str) -> None:
-    _, errors = (process := serve(*options)).communicate(timeout=120)
-    assert process.returncode == 2
-    assert len(errors.splitlines()) == 1 and text in errors
+def test_bad_options_are_refused(
+    capsys: pytest.CaptureFixture[str], options: list[str], text: str
+) -> None:
+    assert text in refusal(capsys, *options)
 
 
-def test_a_port_that_is_taken_is_named() -> None:
-    import socket
+def test_a_gpu_that_is_not_there_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_driver() -> None:
+        raise FabricError("the NVIDIA driver cannot be loaded: libcuda.so.1: cannot open")
 
+    monkeypatch.setattr("dwdp.serving.plan.list_devices", no_driver)
+    text = "error: --device cuda: the NVIDIA driver cannot be loaded"
+    assert text in refusal(capsys, "--device", "cuda")
+    monkeypatch.setattr("dwdp.serving.plan.list_devices", tuple)
+    assert "there is no GPU that this process may use" in refusal(capsys, "--device", "cuda")
+
+
+def test_a_port_that_is_taken_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        _, errors = (process := serve("--port", port)).communicate(timeout=120)
-    assert process.returncode == 2
-    assert f"127.0.0.1:{port}" in errors and "choose another --port" in errors
+        line = refusal(capsys, "--port", port)
+    assert f"127.0.0.1:{port}" in line and "choose another --port" in line
+
+
+def test_memory_that_only_a_restart_would_lack_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, options = DwdpConfig(dwdp_size=2), RankOptions()
+    info = inspect_checkpoint(MODEL_DIR, "float32")
+    cache_bytes = planned_kv_cache_bytes(info.config, info.dtype, options)
+    plan = plan_group_memory(info, config, "cpu", kv_cache_bytes=cache_bytes)
+    needed = sum(plan.parts(range(2)).values())
+    share = max(plan.resident_expert_bytes)
+
+    def check(available_bytes: int) -> None:
+        monkeypatch.setattr("dwdp.serving.plan.available_memory_bytes", lambda: available_bytes)
+        check_servable(MODEL_DIR, config, options, dtype="float32", device="cpu")
+
+    check(needed + share)
+    assert not caplog.records
+    check(needed + share - 1)
+    assert "a rank that is lost may not come back" in caplog.text
+    with pytest.raises(NotEnoughMemoryError):
+        check(needed - 1)
+
+
+def test_rank_processes_are_told_the_device_and_share_the_gpus() -> None:
+    config, options = DwdpConfig(dwdp_size=2), RankOptions(max_running=3)
+    ranks = TransformersRanks(
+        MODEL_DIR, MODEL, config, options, dtype="bfloat16", device="cuda", num_threads=2
+    )
+    ranks.new_group()
+    start = ranks.start(1, 4)
+    job = RankServerJob.model_validate_json(start.stdin)
+    assert (job.device, job.dtype, job.options, job.config) == (
+        "cuda",
+        "bfloat16",
+        options,
+        config,
+    )
+    # Which GPU is found out by the group: the rank's place on its host, modulo the number of GPUs.
+    assert (start.environment["DWDP_RANK"], start.environment["DWDP_INCARNATION"]) == ("1", "4")
+
+
+def test_a_rank_is_told_that_a_peer_never_comes_back() -> None:
+    ranks = TransformersRanks(
+        MODEL_DIR, MODEL, DwdpConfig(dwdp_size=2), RankOptions(), dtype="auto", num_threads=1
+    )
+    ranks.new_group()
+    ranks.report_death(0, "failed 10 times in a row")
+    launch = discover_launch(ranks.start(1, 1).environment)
+    assert launch is not None
+    with pytest.raises(
+        PeerFailure, match="rank 0: failed 10 times in a row; it is not started again"
+    ):
+        Group.join(launch, timeout_s=300.0)
