@@ -29,7 +29,8 @@ from rich.table import Table
 from dwdp.config import DwdpConfig
 from dwdp.engines.transformers import load
 from dwdp.engines.transformers.make_model import write_checkpoint
-from dwdp.group import Group, serve_store
+from dwdp.group import Group
+from dwdp.rendezvous import serve_store
 from dwdp.serving.generation import quiet_transformers
 
 MIB = 1 << 20

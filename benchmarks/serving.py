@@ -19,14 +19,12 @@ import json
 import os
 import platform
 import random
-import re
 import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,21 +33,25 @@ import click
 import psutil
 import torch
 from rich.console import Console
+from serving_figures import (
+    Latency,
+    Soak,
+    SoakedProcess,
+    Survival,
+    Throughput,
+    Verdict,
+    judge_latency,
+    judge_soak,
+    judge_survival,
+    judge_throughput,
+)
 from serving_load import Answer, Target, ask, ask_all
+from serving_servers import MODEL, Served, dwdp_serve, independent_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dwdp.config import DwdpConfig
 from dwdp.serving.generation import quiet_transformers
-from dwdp.serving.rank_server.options import RankOptions
-from dwdp.serving.supervisor.transformers_ranks import TransformersRanks
 
 ROOT = Path(__file__).parents[1]
-DTYPE = "float32"
-MODEL = "model"
-START_S = 300.0
-MIN_THROUGHPUT_RATIO = 0.95
-MAX_ADDED_S = 0.002
-MAX_GROWTH = 0.02
 SETTLED_SHARE = 0.25
 """Share of the soak after which memory has to be flat."""
 
@@ -73,157 +75,6 @@ class Settings:
     requests_per_round: int
     latency_requests: int
     soak_s: float
-
-
-@dataclass(frozen=True)
-class Survival:
-    """``recoveries_s``: from each loss that was made good to the rank being ready again."""
-
-    requests: int
-    kills: int
-    lost: int
-    cut_streams: int
-    completed: int
-    wrong: int
-    wall_s: float
-    recoveries_s: list[float]
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Generated tokens per second, by round."""
-
-    router: list[float]
-    direct: list[float]
-
-    @property
-    def ratios(self) -> list[float]:
-        return [router / direct for router, direct in zip(self.router, self.direct, strict=True)]
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Medians in seconds of the same requests, one at a time."""
-
-    router_s: float
-    direct_s: float
-
-    @property
-    def added_s(self) -> float:
-        return self.router_s - self.direct_s
-
-
-@dataclass(frozen=True)
-class SoakedProcess:
-    """A process when the soak had settled, and at its end."""
-
-    name: str
-    settled_rss_bytes: int
-    final_rss_bytes: int
-    settled_descriptors: int
-    final_descriptors: int
-
-    @property
-    def growth(self) -> float:
-        return self.final_rss_bytes / self.settled_rss_bytes - 1
-
-
-@dataclass(frozen=True)
-class Soak:
-    seconds: float
-    requests: int
-    failed: int
-    processes: list[SoakedProcess]
-
-
-class Served:
-    """A running ``dwdp serve``."""
-
-    def __init__(self, process: subprocess.Popen[str], url: str) -> None:
-        self.process = process
-        self.url = url
-
-    @property
-    def target(self) -> Target:
-        return Target(self.url, MODEL)
-
-    def rank_pids(self) -> dict[int, int]:
-        """Processes of the ranks that are ready."""
-        from urllib.request import urlopen
-
-        with urlopen(f"{self.url}/page/events", timeout=30) as events:
-            document = json.loads(events.readline().removeprefix(b"data: "))
-        return {rank["rank"]: rank["pid"] for rank in document["ranks"] if rank["state"] == "ready"}
-
-    def recoveries_s(self) -> dict[str, float]:
-        from urllib.request import urlopen
-
-        with urlopen(f"{self.url}/metrics", timeout=30) as response:
-            text = response.read().decode()
-        found = re.findall(
-            r'^dwdp_rank_recovery_seconds\{rank="(\d+)"\} (\S+)$', text, re.MULTILINE
-        )
-        return {rank: float(value) for rank, value in found}
-
-
-@contextmanager
-def dwdp_serve(settings: Settings, num_ranks: int) -> Iterator[Served]:
-    """``dwdp serve`` on a free port, one compute thread per rank."""
-    command = [sys.executable, "-m", "dwdp", "serve", settings.model_dir, "--port", "0"]
-    options = ["--dwdp-size", str(num_ranks), "--dtype", DTYPE, "--threads-per-rank", "1"]
-    process = subprocess.Popen(
-        [*command, *options, "--served-model-name", MODEL],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    try:
-        assert process.stdout is not None
-        found = re.search(r"ready at (\S+)", process.stdout.readline())
-        if found is None:
-            raise RuntimeError("dwdp serve did not start; run it by hand to see why")
-        yield Served(process, found.group(1))
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-@contextmanager
-def independent_server(settings: Settings) -> Iterator[Target]:
-    """One server with the whole model and no router in front."""
-    launcher = TransformersRanks(
-        Path(settings.model_dir), MODEL, DwdpConfig(), RankOptions(), dtype=DTYPE, num_threads=1
-    )
-    launcher.new_group()
-    start = launcher.start(0, 0)
-    process = subprocess.Popen(
-        start.arguments, env=start.environment, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    try:
-        assert process.stdin is not None and start.endpoint.socket is not None
-        process.stdin.write(start.stdin)
-        process.stdin.close()
-        target = Target(
-            "http://rank", MODEL, socket=start.endpoint.socket, headers=start.endpoint.headers
-        )
-        asyncio.run(_until_ready(target, process))
-        yield target
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-async def _until_ready(target: Target, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + START_S
-    async with target.session() as session:
-        while time.monotonic() < deadline and process.poll() is None:
-            try:
-                async with session.get("/health/ready") as response:
-                    if response.status == 200:
-                        return
-            except OSError:
-                await asyncio.sleep(0.1)
-    raise RuntimeError("an independent server did not start")
 
 
 def make_prompts(count: int) -> list[str]:
@@ -252,7 +103,7 @@ def measure_survival(settings: Settings) -> Survival:
     distinct = make_prompts(NUM_DISTINCT)
     expected = unsharded_answers(settings, distinct)
     prompts = [distinct[number % len(distinct)] for number in range(settings.requests)]
-    with dwdp_serve(settings, settings.survival_ranks) as served:
+    with dwdp_serve(settings.model_dir, settings.survival_ranks) as served:
         started_s = time.monotonic()
         answers, kills, recoveries_s = asyncio.run(_under_fire(settings, served, prompts))
         wall_s = time.monotonic() - started_s
@@ -293,8 +144,8 @@ def measure_throughput(settings: Settings) -> Throughput:
     result = Throughput([], [])
     prompts = make_prompts(settings.requests_per_round)
     with ExitStack() as stack:
-        served = stack.enter_context(dwdp_serve(settings, 2))
-        servers = [stack.enter_context(independent_server(settings)) for _ in range(2)]
+        served = stack.enter_context(dwdp_serve(settings.model_dir, 2))
+        servers = [stack.enter_context(independent_server(settings.model_dir)) for _ in range(2)]
         for round_ in range(settings.rounds + 1):
             ways = [(result.router, [served.target]), (result.direct, servers)]
             for rates, targets in ways if round_ % 2 else reversed(ways):
@@ -311,7 +162,10 @@ def measure_throughput(settings: Settings) -> Throughput:
 
 def measure_latency(settings: Settings) -> Latency:
     """Requests of one token, alternately through the router and directly."""
-    with dwdp_serve(settings, 1) as served, independent_server(settings) as server:
+    with (
+        dwdp_serve(settings.model_dir, 1) as served,
+        independent_server(settings.model_dir) as server,
+    ):
         router_s, direct_s = asyncio.run(_alternate(settings, served.target, server))
     return Latency(statistics.median(router_s), statistics.median(direct_s))
 
@@ -332,7 +186,7 @@ async def _alternate(
 
 def measure_soak(settings: Settings) -> Soak:
     """Load for a long time."""
-    with dwdp_serve(settings, 2) as served:
+    with dwdp_serve(settings.model_dir, 2) as served:
         processes = {"router": psutil.Process(served.process.pid)}
         processes |= {
             f"rank {rank}": psutil.Process(pid) for rank, pid in sorted(served.rank_pids().items())
@@ -359,64 +213,6 @@ def _usage(process: psutil.Process) -> tuple[int, int]:
     """Resident bytes and open descriptors, when nothing runs."""
     time.sleep(5)
     return process.memory_info().rss, process.num_fds()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One line of the report."""
-
-    what: str
-    figures: str
-    is_kept: bool
-
-    def __str__(self) -> str:
-        return f"{'ok  ' if self.is_kept else 'FAIL'} {self.what}: {self.figures}"
-
-
-def judge_survival(survival: Survival) -> list[Verdict]:
-    recoveries = survival.recoveries_s or [float("nan")]
-    what = (
-        f"survival, {survival.requests} requests, {survival.kills} kills, {survival.wall_s:.0f} s"
-    )
-    figures = (
-        f"{survival.lost} lost without a token, {survival.cut_streams} streams cut with an error, "
-        f"{survival.wrong} of {survival.completed} answers differ; a rank is back after "
-        f"{statistics.median(recoveries):.1f} s (at most {max(recoveries):.1f})"
-    )
-    return [Verdict(what, figures, survival.lost == 0 and survival.wrong == 0)]
-
-
-def judge_throughput(throughput: Throughput) -> list[Verdict]:
-    ratio = statistics.median(throughput.ratios)
-    figures = (
-        f"{statistics.median(throughput.router):.0f} / {statistics.median(throughput.direct):.0f} "
-        f"tokens/s, ratio of the same round {ratio:.2f} (limit {MIN_THROUGHPUT_RATIO})"
-    )
-    what = "throughput, 2 ranks through the router / 2 servers driven directly"
-    return [Verdict(what, figures, ratio >= MIN_THROUGHPUT_RATIO)]
-
-
-def judge_latency(latency: Latency) -> list[Verdict]:
-    figures = (
-        f"{latency.added_s * 1e3:.2f} ms on {latency.direct_s * 1e3:.2f} ms "
-        f"(limit {MAX_ADDED_S * 1e3:.0f} ms)"
-    )
-    return [Verdict("latency, median added by the router", figures, latency.added_s < MAX_ADDED_S)]
-
-
-def judge_soak(soak: Soak) -> list[Verdict]:
-    return [
-        Verdict(
-            f"soak, {soak.seconds:.0f} s, {soak.requests} requests, {process.name}",
-            f"{process.settled_rss_bytes >> 20} -> {process.final_rss_bytes >> 20} MiB "
-            f"({process.growth:+.1%}, limit {MAX_GROWTH:.0%}), descriptors "
-            f"{process.settled_descriptors} -> {process.final_descriptors}",
-            process.growth <= MAX_GROWTH
-            and process.final_descriptors <= process.settled_descriptors
-            and soak.failed == 0,
-        )
-        for process in soak.processes
-    ]
 
 
 MEASUREMENTS: dict[str, tuple[Callable[[Settings], Any], Callable[[Any], list[Verdict]]]] = {

@@ -41,7 +41,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from dwdp.config import DwdpConfig
 from dwdp.engines.transformers import load
 from dwdp.engines.transformers.make_model import write_checkpoint
-from dwdp.group import Group, serve_store
+from dwdp.group import Group
+from dwdp.rendezvous import serve_store
 from dwdp.serving.generation import quiet_transformers
 
 MIN_DIRECT_RATIO = 0.95

@@ -7,7 +7,8 @@ fails, or dies without a word, ends the others with its message within seconds.
 A rank that dies later is started again, as its next *incarnation*, and goes through the same exchanges
 alone: what survivors published stays in the store, and what the dead one published is replaced. Every
 value carries the incarnation that wrote it, so that nobody takes up what a dead process left. Survivors
-do nothing. Ranks that rejoin at the same time wait for each other, and their failure ends nobody else.
+do nothing. Ranks that rejoin at the same time wait for each other, and their failure ends nobody else:
+only one that is not started again is not waited for, if whoever would start it says so.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dwdp.rendezvous import (
     connect_store,
     prefixed,
     recorded_failure,
+    recorded_loss,
     report_failure,
     serve_store,
 )
@@ -221,21 +223,47 @@ class Group:
             time.sleep(_POLL_S)
 
     def _wait_for_current(self, keys: list[str], what: str) -> None:
-        """Wait until every key was written by the incarnation of its rank that is alive."""
+        """Wait until every key was written by the incarnation of its rank that is alive.
+
+        Raises:
+            PeerFailure: one of those that are missing is not started again.
+            GroupError: one did not come back, or did not answer, in time.
+        """
         deadline = time.monotonic() + self._timeout_s
         while missing := [rank for rank, key in enumerate(keys) if not self._is_current(rank, key)]:
+            for rank in missing:
+                failure = recorded_loss(self._store, rank)
+                if failure is not None:
+                    raise failure
             if time.monotonic() > deadline:
-                raise self._no_answer(missing, what)
+                raise self._did_not_come_back(missing, what)
             time.sleep(_POLL_S)
 
     def _is_current(self, rank: int, key: str) -> bool:
-        identity_key = f"{self._prefix}{_IDENTITY}#0/{rank}"
-        if not self._store.check([key, identity_key]):
+        if not self._store.check([key]):
             return False
+        incarnation = self._living_incarnation(rank)
+        return incarnation is not None and _written(self._store.get(key))[0] == incarnation
+
+    def _living_incarnation(self, rank: int) -> int | None:
+        """Of the process that took ``rank``'s place last; None if it is dead, or there was none."""
+        identity_key = f"{self._prefix}{_IDENTITY}#0/{rank}"
+        if not self._store.check([identity_key]):
+            return None
         incarnation, described = _written(self._store.get(identity_key))
         peer = ProcessIdentity(**json.loads(described))
         is_alive = not peer.is_visible_to(self._identity) or peer.is_alive()
-        return is_alive and _written(self._store.get(key))[0] == incarnation
+        return incarnation if is_alive else None
+
+    def _did_not_come_back(self, ranks: list[int], what: str) -> GroupError:
+        dead = [rank for rank in ranks if self._living_incarnation(rank) is None]
+        if not dead:
+            return self._no_answer(ranks, what)
+        names = ", ".join(map(str, dead))
+        return GroupError(
+            f"rank {self.rank} cannot rejoin: rank(s) {names} died as well and did not come back within "
+            f"{self._timeout_s:.0f} s; start them too, or the whole group anew"
+        )
 
     def _no_answer(self, ranks: list[int], what: str) -> GroupError:
         return GroupError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,15 +28,25 @@ class ExpertTensorSize(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes per rank, in rank order. Activations, key-value caches and the interpreter come on top."""
+    """Bytes per rank, in rank order. Activations and the interpreter come on top.
+
+    Attributes:
+        kv_cache_bytes: key-value cache that every rank sets aside before its first request.
+    """
 
     dense_bytes: tuple[int, ...]
     resident_expert_bytes: tuple[int, ...]
     staging_bytes: tuple[int, ...]
+    kv_cache_bytes: int = 0
 
-    @property
-    def total_bytes(self) -> int:
-        return sum(self.dense_bytes) + sum(self.resident_expert_bytes) + sum(self.staging_bytes)
+    def parts(self, ranks: Collection[int]) -> dict[str, int]:
+        """Bytes that ``ranks`` hold together, by what they are for."""
+        return {
+            "dense weights": sum(self.dense_bytes[rank] for rank in ranks),
+            "resident experts": sum(self.resident_expert_bytes[rank] for rank in ranks),
+            "staging slots": sum(self.staging_bytes[rank] for rank in ranks),
+            "key-value cache": self.kv_cache_bytes * len(ranks),
+        }
 
 
 def plan_memory(
@@ -46,6 +56,7 @@ def plan_memory(
     dense_bytes: int,
     staged: bool,
     granularity: int,
+    kv_cache_bytes: int = 0,
 ) -> MemoryPlan:
     """What a group of ``config.dwdp_size`` ranks holds.
 
@@ -54,6 +65,7 @@ def plan_memory(
         dense_bytes: weights that each rank holds whole.
         staged: whether remote experts are copied into slots.
         granularity: page size of the fabric, in bytes.
+        kv_cache_bytes: key-value cache of each rank.
 
     Raises:
         ValueError: the experts cannot be placed as ``config`` asks.
@@ -78,7 +90,7 @@ def plan_memory(
     staging = tuple(
         sum(layouts[tensor].slot_bytes(rank) for tensor in buffers) for rank in range(size)
     )
-    return MemoryPlan((dense_bytes,) * size, resident, staging)
+    return MemoryPlan((dense_bytes,) * size, resident, staging, kv_cache_bytes)
 
 
 def _slot_buffers(
@@ -134,27 +146,59 @@ def check_group_memory(group_pools: GroupPools, plan: MemoryPlan) -> None:
     Raises:
         NotEnoughMemoryError: the text names the sum needed, what is available, and what to change.
     """
+    for pool, ranks in _shared_pools(group_pools):
+        parts = {name: size for name, size in plan.parts(ranks).items() if size}
+        if sum(parts.values()) > pool.available_bytes:
+            raise NotEnoughMemoryError(
+                f"{len(ranks)} rank(s) need {_gib(sum(parts.values()))}: {_sum_of(parts)}; "
+                f"{_gib(pool.available_bytes)} are available {pool.name}. {_advice(parts)}"
+            )
+
+
+def describe_rejoin_shortage(group_pools: GroupPools, plan: MemoryPlan) -> str | None:
+    """What will be missing when one rank has died and is started again; None if nothing.
+
+    The experts of the dead rank stay in memory for as long as a survivor maps them, and the new process
+    stores its share once more. So there has to be room for the largest share that draws on a pool, besides
+    ``plan`` itself. Ranks that die later, while others still map the dead one's experts, can need as much
+    again each.
+    """
+    if len(plan.resident_expert_bytes) == 1:  # nobody is left to map anything
+        return None
+    for pool, ranks in _shared_pools(group_pools):
+        share = max(plan.resident_expert_bytes[rank] for rank in ranks)
+        left = pool.available_bytes - sum(plan.parts(ranks).values())
+        if left < share:
+            return (
+                f"a rank that is started again needs {_gib(share)} for its experts while the others map "
+                f"those of the one that died, and only {_gib(max(left, 0))} will be left {pool.name}"
+            )
+    return None
+
+
+def _shared_pools(group_pools: GroupPools) -> Iterator[tuple[MemoryPool, list[int]]]:
+    """Every pool, as the rank that sees least of it sees it, and the ranks that draw on it."""
     for key in dict.fromkeys(pool.key for pools in group_pools.values() for pool in pools):
         seen = {
             rank: pool for rank, pools in group_pools.items() for pool in pools if pool.key == key
         }
-        _check_pool(plan, seen)
+        yield min(seen.values(), key=lambda pool: (pool.available_bytes, pool.name)), list(seen)
 
 
-def _check_pool(plan: MemoryPlan, seen: Mapping[int, MemoryPool]) -> None:
-    """``seen``: one pool, as each of the ranks that draw on it sees it."""
-    dense = sum(plan.dense_bytes[rank] for rank in seen)
-    resident = sum(plan.resident_expert_bytes[rank] for rank in seen)
-    staging = sum(plan.staging_bytes[rank] for rank in seen)
-    available, name = min((pool.available_bytes, pool.name) for pool in seen.values())
-    if dense + resident + staging > available:
-        weights = f"{_gib(dense)} of dense weights, " if dense else ""
-        raise NotEnoughMemoryError(
-            f"{len(seen)} rank(s) need {_gib(dense + resident + staging)}: {weights}"
-            f"{_gib(resident)} of resident experts and {_gib(staging)} of staging slots; "
-            f"{_gib(available)} are available {name}. Lower num_experts_per_worker or num_slots, set "
-            'fetch_mode to "direct", load in a smaller dtype, or free memory'
-        )
+def _sum_of(parts: Mapping[str, int]) -> str:
+    *most, last = (f"{_gib(size)} of {name}" for name, size in parts.items())
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _advice(parts: Collection[str]) -> str:
+    options = ["num_experts_per_worker"]
+    options += ["num_slots"] if "staging slots" in parts else []
+    options += ["kv_cache_tokens"] if "key-value cache" in parts else []
+    *most, last = options
+    text = f"Lower {', '.join(most)} or {last}" if most else f"Lower {last}"
+    if "staging slots" in parts:
+        text += ', set fetch_mode to "direct"'
+    return f"{text}, use fewer ranks, load in a smaller dtype, or free memory"
 
 
 def _gib(num_bytes: int) -> str:

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from dwdp.launch import LaunchInfo
@@ -16,6 +17,7 @@ _POLL_S = 0.02
 _HANDSHAKE_S = 8.0
 _STORE_PREFIX = "dwdp"
 _FAILURE = "failure"
+_GONE = "gone"
 
 
 class GroupError(RuntimeError):
@@ -35,6 +37,9 @@ class PeerFailure(GroupError):
         self.rank = rank
         self.message = message
         self.bad_input = bad_input
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(PeerFailure, bad_input=self.bad_input), (self.rank, self.message)
 
 
 def serve_store(host: str, port: int, size: int) -> Any:
@@ -136,3 +141,20 @@ def recorded_failure(store: Any) -> PeerFailure | None:
         return None
     failure = json.loads(store.get(_FAILURE))
     return PeerFailure(failure["rank"], failure["message"], bad_input=failure["bad_input"])
+
+
+def report_loss(store: Any, rank: int, message: str) -> None:
+    """Record that ``rank`` died and is not started again in this group. Never raises.
+
+    Ranks that rejoin do not wait for it any more.
+    """
+    with suppress(RuntimeError):
+        store.set(f"{_GONE}/{rank}", message)
+
+
+def recorded_loss(store: Any, rank: int) -> PeerFailure | None:
+    """Why ``rank`` never comes back, if that was recorded in ``store``."""
+    key = f"{_GONE}/{rank}"
+    if not store.check([key]):
+        return None
+    return PeerFailure(rank, f"{store.get(key).decode()}; it is not started again")

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING
 
 from dwdp.config import DwdpConfig
 from dwdp.fabric.base import AddressRange, Fabric, Region
-from dwdp.group import Group, GroupError
+from dwdp.group import Group
 from dwdp.layout import TensorLayout, build_layout, is_packed, pack
 from dwdp.placement import Placement, build_placement
+from dwdp.rendezvous import GroupError
 
 if TYPE_CHECKING:
     import torch

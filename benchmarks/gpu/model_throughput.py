@@ -30,7 +30,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
 
 from dwdp.config import DwdpConfig
 from dwdp.engines.transformers import Attachment, attach
-from dwdp.group import Group, serve_store
+from dwdp.group import Group
+from dwdp.rendezvous import serve_store
 from dwdp.serving.generation import quiet_transformers
 
 WHOLE = "unsharded"

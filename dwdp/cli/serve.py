@@ -26,6 +26,7 @@ from dwdp.serving.rank_server.options import RankOptions
 from dwdp.serving.router.service import Service
 from dwdp.serving.router.settings import RouterSettings
 from dwdp.serving.supervisor.checkpoint import check_servable
+from dwdp.serving.supervisor.life import Watch
 from dwdp.serving.supervisor.transformers_ranks import TransformersRanks
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -33,6 +34,10 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 # One option says how long running requests may go on, for the router and the ranks alike.
 _SHARED = {"drain_grace_s": "grace_s"}
+
+_START_MARGIN_S = 120.0
+"""A rank that waits in vain for its peers says so itself; one that hangs is killed so much later."""
+_DRAIN_MARGIN_S = 30.0
 
 
 def _model_options(model: type[BaseModel], *left_out: str) -> Callable[[_Function], _Function]:
@@ -85,6 +90,7 @@ def _model_from_options(model: type[_Model], options: Mapping[str, Any]) -> _Mod
 )
 @config_options(
     "fetch_mode",
+    "demand_max_tokens",
     "num_slots",
     "num_experts_per_worker",
     "num_prefetch_experts",
@@ -96,6 +102,13 @@ def _model_from_options(model: type[_Model], options: Mapping[str, Any]) -> _Mod
 @_model_options(RankOptions, *_SHARED)
 @_model_options(RouterSettings)
 @dtype_option
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What the ranks compute on. cuda: a GPU each, in turn; ranks share them if there are fewer.",
+)
 @threads_option
 def serve(model_dir: Path, **values: Any) -> int:
     """Serve the mixture-of-experts checkpoint in MODEL_DIR to OpenAI clients.
@@ -113,20 +126,28 @@ def serve(model_dir: Path, **values: Any) -> int:
             "it is set but holds no key; unset it to serve without one", param_hint="DWDP_API_KEY"
         )
     logging.basicConfig(level=logging.INFO, format="dwdp: %(message)s")
-    check_servable(model_dir, config, values["dtype"])
+    check_servable(model_dir, config, options, dtype=values["dtype"], device=values["device"])
     launcher = TransformersRanks(
         model_dir.resolve(),
         values["served_model_name"] or model_dir.resolve().name,
         config,
         options,
         dtype=values["dtype"],
+        device=values["device"],
         num_threads=values["threads_per_rank"] or _even_threads(config),
     )
-    return asyncio.run(_serve(launcher, settings, values))
+    watch = Watch(
+        start_timeout_s=config.setup_timeout_s + _START_MARGIN_S,
+        drain_timeout_s=options.drain_grace_s + _DRAIN_MARGIN_S,
+    )
+    return asyncio.run(_serve(launcher, settings, watch, values))
 
 
 async def _serve(
-    launcher: TransformersRanks, settings: RouterSettings, values: Mapping[str, Any]
+    launcher: TransformersRanks,
+    settings: RouterSettings,
+    watch: Watch,
+    values: Mapping[str, Any],
 ) -> int:
     service = Service(
         launcher,
@@ -135,6 +156,7 @@ async def _serve(
         host=values["host"],
         port=values["port"],
         keys=values["api_keys"],
+        watch=watch,
         announce=_announce,
     )
     return await service.run()

@@ -9,23 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwdp.config import DwdpConfig
+from dwdp.fabric.base import FabricError
 from dwdp.fabric.cuda_devices import list_devices
 from dwdp.launch import discover_launch
 from dwdp.memory_plan import (
     ExpertTensorSize,
+    GroupPools,
     MemoryPlan,
     available_memory_bytes,
+    check_group_memory,
     plan_memory,
 )
 from dwdp.observability.report import ModelReport, SamplingReport
 from dwdp.serving.generation import quiet_transformers
 from dwdp.serving.messages import Request
 from dwdp.serving.prompts import Prompt, tokenize
+from dwdp.system_memory import MemoryPool
 
 if TYPE_CHECKING:
     from dwdp.engines.transformers.loading import CheckpointInfo
 
-_GIB = 1 << 30
 _DEVICE_PAGE_BYTES = 2 << 20
 """The mapping granularity of today's GPUs; asking one would take memory on it."""
 
@@ -85,10 +88,7 @@ def plan_run(
         max_positions=getattr(info.config, "max_position_embeddings", None),
         max_new_tokens=sampling.max_new_tokens,
     )
-    if device == "cpu":
-        check_memory(memory, available_memory_bytes())
-    else:
-        check_device_memory(memory)
+    check_memory(memory, device)
     model = ModelReport(
         path=str(model_dir),
         model_type=info.model_type,
@@ -129,45 +129,49 @@ def load_tokenizer(model_dir: Path) -> Any | None:
         raise ValueError(f"the tokenizer in {model_dir} cannot be loaded: {reason}") from error
 
 
-def check_memory(plan: MemoryPlan, available_bytes: int) -> None:
-    """Raises ValueError, with the sum that does not fit, if ``plan`` needs more than ``available_bytes``."""
-    if plan.total_bytes <= available_bytes:
-        return
-    num_ranks = len(plan.dense_bytes)
-    raise ValueError(
-        f"{num_ranks} rank(s) need {_gib(plan.total_bytes)}: "
-        f"{num_ranks} x {_gib(plan.dense_bytes[0])} of dense weights, "
-        f"{_gib(sum(plan.resident_expert_bytes))} of resident experts and "
-        f"{_gib(sum(plan.staging_bytes))} of staging slots; {_gib(available_bytes)} are available. "
-        "Use fewer ranks, less redundancy, --fetch-mode direct or a smaller --dtype"
-    )
+def check_memory(plan: MemoryPlan, device: str) -> None:
+    """Refuse ``plan`` if the ranks that this command starts on ``device`` cannot hold it.
 
-
-def check_device_memory(plan: MemoryPlan) -> None:
-    """Raises ValueError if the ranks that share a GPU need more than it has.
-
-    A launcher may show every rank a GPU of its own: there, only that one is found.
+    Raises:
+        NotEnoughMemoryError: the text names the sum needed, what is available, and what to change.
+        ValueError: ``device`` is ``"cuda"``, and there is no GPU.
     """
-    devices = list_devices()
-    if not devices:
+    check_group_memory(pools_of_ranks(len(plan.dense_bytes), device), plan)
+
+
+def pools_of_ranks(num_ranks: int, device: str) -> GroupPools:
+    """The memory that each of the ranks started here is going to draw on, on ``"cpu"`` or ``"cuda"``.
+
+    A launcher may show every rank a GPU of its own, so that theirs are not known here: {}.
+
+    Raises:
+        ValueError: ``device`` is ``"cuda"``, and there is no GPU.
+    """
+    if device == "cpu":
+        here = MemoryPool("here", "to this command", available_memory_bytes())
+        return {rank: [here] for rank in range(num_ranks)}
+    try:
+        gpus = list_devices()
+    except FabricError as error:
+        raise ValueError(f"--device cuda: {error}") from error
+    if not gpus:
         raise ValueError("--device cuda: there is no GPU that this process may use")
     if discover_launch() is not None:
-        return
-    for device in devices:
-        ranks = range(device.ordinal, len(plan.dense_bytes), len(devices))
-        needed = sum(
-            plan.dense_bytes[rank] + plan.resident_expert_bytes[rank] + plan.staging_bytes[rank]
-            for rank in ranks
-        )
-        if needed > device.memory_bytes:
-            raise ValueError(
-                f"{len(ranks)} rank(s) on GPU {device.ordinal} ({device.name}) need {_gib(needed)}; it "
-                f"has {_gib(device.memory_bytes)}. Use more GPUs, less redundancy, or a smaller --dtype"
-            )
+        return {}
+    pools = [
+        MemoryPool(gpu.uuid, f"on GPU {gpu.ordinal} ({gpu.name})", gpu.memory_bytes) for gpu in gpus
+    ]
+    return {rank: [pools[rank % len(pools)]] for rank in range(num_ranks)}
 
 
-def plan_group_memory(info: CheckpointInfo, config: DwdpConfig, device: str) -> MemoryPlan:
-    """What the ranks of a checkpoint hold on ``device``, ``"cpu"`` or ``"cuda"``."""
+def plan_group_memory(
+    info: CheckpointInfo, config: DwdpConfig, device: str, *, kv_cache_bytes: int = 0
+) -> MemoryPlan:
+    """What the ranks of a checkpoint hold on ``device``, ``"cpu"`` or ``"cuda"``.
+
+    Args:
+        kv_cache_bytes: key-value cache that every rank sets aside.
+    """
     modes = ("staged", "demand") if device == "cpu" else ("staged", "demand", "auto")
     return plan_memory(
         [
@@ -178,8 +182,5 @@ def plan_group_memory(info: CheckpointInfo, config: DwdpConfig, device: str) -> 
         dense_bytes=info.dense_bytes,
         staged=config.fetch_mode in modes,
         granularity=mmap.PAGESIZE if device == "cpu" else _DEVICE_PAGE_BYTES,
+        kv_cache_bytes=kv_cache_bytes,
     )
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.2f} GiB"

@@ -20,7 +20,8 @@ from dwdp.config import DwdpConfig
 from dwdp.fabric import FabricError
 from dwdp.fabric.cuda import CudaFabric
 from dwdp.fabric.cuda_devices import list_devices
-from dwdp.group import Group, GroupError, PeerFailure
+from dwdp.group import Group
+from dwdp.rendezvous import GroupError, PeerFailure
 from dwdp.runtime import DwdpRuntime
 from dwdp.weights import LayerSpec
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dwdp.group import Group, serve_store
+from dwdp.group import Group
+from dwdp.rendezvous import serve_store
 
 RESULT_S = 100.0
 

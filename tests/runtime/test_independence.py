@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rank_process import Rank
 
-from dwdp.group import serve_store
+from dwdp.rendezvous import serve_store
 
 NUM_RANKS = 3
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dwdp.launch import LaunchError, LaunchInfo, discover_launch, parse_address
+from dwdp.launch import LaunchError, LaunchInfo, discover_launch, find_local_rank, parse_address
 
 TORCHRUN = {
     "RANK": "3",
@@ -64,6 +64,20 @@ def test_torchrun_counts_its_attempts() -> None:
     assert launch is not None and launch.attempt == 2
 
 
+def test_groups_at_one_store_are_kept_apart_by_the_attempt() -> None:
+    own = {"DWDP_RANK": "0", "DWDP_WORLD_SIZE": "2", "DWDP_RENDEZVOUS": "node0:4000"}
+    launch = discover_launch({**own, "DWDP_ATTEMPT": "3"})
+    assert launch is not None and launch.attempt == 3
+
+
+def test_local_ranks() -> None:
+    assert find_local_rank("torchrun", {**TORCHRUN, "LOCAL_RANK": "1"}) == 1
+    assert find_local_rank("mpirun", {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_RANK": "2"}) == 2
+    assert find_local_rank("srun", {**SRUN, "SLURM_LOCALID": "3"}) == 3
+    assert find_local_rank("srun", SRUN) is None
+    assert find_local_rank("dwdp", {**SRUN, "SLURM_LOCALID": "3"}) is None
+
+
 def test_a_batch_script_is_not_a_rank() -> None:
     batch = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_ID"}
     assert discover_launch(batch) is None
@@ -94,6 +108,8 @@ def test_an_explicit_rendezvous_wins_over_a_derived_one() -> None:
         ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, "set DWDP_RENDEZVOUS"),
         ({**SRUN, "SLURM_STEP_NUM_NODES": "2"}, "runs on 2 nodes; set DWDP_RENDEZVOUS"),
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "set DWDP_RENDEZVOUS"),
+        ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, "runs on several nodes; set DWDP_REND"),
+        ({**TORCHRUN, "TORCHELASTIC_RESTART_COUNT": "x"}, "RESTART_COUNT='x' .* is not a number"),
         ({**OPEN_MPI, "DWDP_RENDEZVOUS": "nowhere"}, "DWDP_RENDEZVOUS='nowhere' is not host:port"),
     ],
 )

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rank_process import Rank
 
-from dwdp.group import Group, report_loss
+from dwdp.group import Group
 from dwdp.launch import LaunchInfo
-from dwdp.rendezvous import GroupError, PeerFailure, prefixed, serve_store
+from dwdp.rendezvous import GroupError, PeerFailure, prefixed, report_loss, serve_store
 
 NUM_RANKS = 3
 

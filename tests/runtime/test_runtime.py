@@ -14,7 +14,8 @@ from ranks import assert_same_bytes, layers_of, load, reference, run_ranks
 
 from dwdp.config import DwdpConfig
 from dwdp.fabric.host import HostFabric
-from dwdp.group import Group, GroupError, PeerFailure
+from dwdp.group import Group
+from dwdp.rendezvous import GroupError, PeerFailure
 from dwdp.runtime import DwdpRuntime, RuntimeStats
 from dwdp.weights import ExpertTensorSpec, LayerSpec
 

@@ -14,7 +14,7 @@ from checkpoints import VOCAB_SIZE, make_model
 from transformers import PreTrainedModel
 
 from dwdp.serving.rank_server.backend import Backend, SequenceRequest, Step, UnsupportedModel
-from dwdp.serving.rank_server.batching import create_backend
+from dwdp.serving.rank_server.batching import create_backend, planned_kv_cache_bytes
 from dwdp.serving.rank_server.continuous import ContinuousBackend
 from dwdp.serving.rank_server.options import RankOptions
 from dwdp.serving.rank_server.sampling import SamplingParams, TokenLogprobs
@@ -125,8 +125,14 @@ def test_continuous_batches_give_the_tokens_of_generate(arch: str) -> None:
     attention = model.config._attn_implementation
     # Prompts are longer than a forward has room for, so that they are read in pieces among running ones.
     with running(model, "continuous", max_batch_tokens=32) as (backend, collector):
-        assert backend.name == "continuous"
+        assert isinstance(backend, ContinuousBackend)
         assert collector.run(backend, REQUESTS) == expected
+        cache = backend._manager.batch_processor.cache
+        taken = sum(tensor.nbytes for tensor in (*cache.key_cache, *cache.value_cache))
+        planned = planned_kv_cache_bytes(
+            model.config, model.dtype, RankOptions(max_batch_tokens=32)
+        )
+        assert backend.kv_cache_bytes == taken == planned
     assert model.config._attn_implementation == attention
     assert generate(model, REQUESTS[0]) == expected[0]
 
@@ -139,6 +145,9 @@ def test_other_models_are_run_plainly_and_it_is_said_why(
     expected = [generate(model, request) for request in REQUESTS[:3]]
     with pytest.raises(UnsupportedModel, match=f"cannot batch {arch} continuously"):
         create_backend(model, RankOptions(batching="continuous"))
+    with pytest.raises(UnsupportedModel, match=f"cannot batch {arch} continuously"):
+        planned_kv_cache_bytes(model.config, model.dtype, RankOptions(batching="continuous"))
+    assert planned_kv_cache_bytes(model.config, model.dtype, RankOptions()) == 0
     with running(model, "auto") as (backend, collector):
         assert backend.name == "plain"
         assert collector.run(backend, REQUESTS[:3]) == expected
@@ -276,6 +285,29 @@ def test_a_forward_that_fails_ends_continuous_batching(monkeypatch: pytest.Monke
         collector.wait(lambda: bool(collector.failures))
         assert collector.failures == ["RuntimeError: broken on purpose"]
         assert not collector.last
+
+
+def test_tokens_that_cannot_be_read_end_their_sequence_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The log-probabilities of one sequence are lost."""
+    model = make_model("qwen3_moe")
+    expected = generate(model, sequence(1))
+    with running(model, "continuous") as (backend, collector):
+        assert isinstance(backend, ContinuousBackend)
+        take = backend._sampler.take
+
+        def lose(sequence_id: str, positions: range) -> tuple[TokenLogprobs, ...]:
+            backend._sampler.forget(sequence_id)
+            return take(sequence_id, positions)
+
+        monkeypatch.setattr(backend._sampler, "take", lose)
+        backend.add(sequence(0, 5, 400, sampling(num_logprobs=1)))
+        collector.wait(lambda: "0" in collector.last)
+        assert collector.last["0"].error == "KeyError: '0'"
+        assert collector.run(backend, [sequence(1)]) == [expected]
+        collector.wait(lambda: backend.num_running() == 0)
+        assert not collector.failures and not backend._requests and not backend._delivered
 
 
 def test_a_forward_that_fails_ends_one_plain_sequence(

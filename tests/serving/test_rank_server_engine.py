@@ -11,10 +11,13 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dwdp.serving.openai.errors import ApiError, unavailable
+from dwdp.serving.rank_server.backend import Step
 from dwdp.serving.rank_server.batching import create_backend
+from dwdp.serving.rank_server.continuous import ContinuousBackend
 from dwdp.serving.rank_server.engine import AnswerRequest, Engine, Generation
 from dwdp.serving.rank_server.options import RankOptions
 from dwdp.serving.rank_server.sampling import SamplingParams
+from dwdp.serving.rank_server.text import AnswerText, TextDelta
 
 MODEL_DIR = Path(__file__).resolve().parents[2] / "examples" / "tiny_moe" / "model"
 TOKENIZER = AutoTokenizer.from_pretrained(MODEL_DIR)
@@ -122,6 +125,50 @@ def test_a_model_that_fails_ends_every_answer_and_takes_no_more(
         with pytest.raises(ApiError) as caught:
             engine.submit([request(1)])
         assert caught.value.code == "engine_failed"
+
+    run(model, body, batching="continuous")
+
+
+def test_a_text_that_cannot_be_made_ends_its_answer_alone(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = AnswerText.add
+
+    def fail_for_one(text: AnswerText, step: Step) -> TextDelta:
+        if step.sequence_id == "0":
+            raise RuntimeError("broken on purpose")
+        return add(text, step)
+
+    async def body(engine: Engine, failures: list[str]) -> None:
+        with engine.submit([request(60)]) as broken, engine.submit([request(60)]) as fine:
+            with pytest.raises(ApiError, match="broken on purpose") as caught:
+                await text_of(broken)
+            assert caught.value.status == 500
+            assert len(await text_of(fine)) > 60
+        assert (engine.state, failures) == ("ready", [])
+        assert (engine.counters.failed, engine.counters.finished) == (1, 1)
+
+    monkeypatch.setattr(AnswerText, "add", fail_for_one)
+    run(model, body, batching="continuous")
+
+
+def test_an_engine_whose_tokens_are_not_read_any_more_has_failed(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(engine: Engine, failures: list[str]) -> None:
+        assert isinstance(engine.backend, ContinuousBackend)
+
+        def fail(timeout: float) -> None:
+            raise OSError("broken on purpose")
+
+        with engine.submit([request(2000)]) as generation:
+            deltas = aiter(generation)
+            await anext(deltas)
+            monkeypatch.setattr(engine.backend._manager, "get_result", fail)
+            with pytest.raises(ApiError) as caught:
+                await text_of(generation)
+        assert caught.value.code == "engine_failed"
+        assert (engine.state, failures) == ("failed", ["OSError: broken on purpose"])
 
     run(model, body, batching="continuous")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dwdp.serving.rank_server.backend import Backend, UnsupportedModel
@@ -10,7 +12,8 @@ from dwdp.serving.rank_server.options import RankOptions
 from dwdp.serving.rank_server.plain import PlainBackend
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -24,20 +27,17 @@ def create_backend(model: PreTrainedModel, options: RankOptions) -> Backend:
         UnsupportedModel: ``continuous`` was asked for and the model does not allow it.
         ValueError: a limit cannot be had.
     """
-    length = max_sequence_length(model, options)
+    length = max_sequence_length(model.config, options)
     if options.batching == "plain":
         return PlainBackend(model, length)
     try:
         backend = _continuous(model, options, length)
     except UnsupportedModel as error:
-        model_type = model.config.model_type
         if options.batching == "continuous":
-            raise UnsupportedModel(
-                f"Transformers cannot batch {model_type} continuously ({error}); use --batching plain"
-            ) from error
+            raise _refusal(model.config, error) from error
         logger.warning(
             "requests are answered one after the other: continuous batching cannot run %s (%s)",
-            model_type,
+            model.config.model_type,
             error,
         )
         return PlainBackend(model, length)
@@ -49,22 +49,65 @@ def create_backend(model: PreTrainedModel, options: RankOptions) -> Backend:
     return backend
 
 
-def _continuous(model: PreTrainedModel, options: RankOptions, length: int) -> Backend:
+def planned_kv_cache_bytes(
+    config: PreTrainedConfig, dtype: torch.dtype, options: RankOptions
+) -> int:
+    """The key-value cache that a rank is going to set aside; 0 where it answers requests one by one.
+
+    Args:
+        config, dtype: of the model.
+
+    Raises:
+        UnsupportedModel: ``continuous`` was asked for and the model does not allow it.
+        ValueError: a limit cannot be had.
+    """
+    length = max_sequence_length(config, options)
+    if options.batching == "plain":
+        return 0
     try:
+        return _planned_bytes(config, dtype, options, length)
+    except UnsupportedModel as error:
+        if options.batching == "continuous":
+            raise _refusal(config, error) from error
+        return 0
+
+
+def _planned_bytes(
+    config: PreTrainedConfig, dtype: torch.dtype, options: RankOptions, length: int
+) -> int:
+    with _private_interface():
+        from dwdp.serving.rank_server.kv_cache import plan_kv_cache
+    return plan_kv_cache(config.get_text_config(), dtype, options, length).num_bytes
+
+
+def _continuous(model: PreTrainedModel, options: RankOptions, length: int) -> Backend:
+    with _private_interface():
         from dwdp.serving.rank_server.continuous import ContinuousBackend
-    except ImportError as error:  # it builds on more of Transformers than its public interface
-        raise UnsupportedModel(f"this Transformers does not have what it needs: {error}") from error
     return ContinuousBackend(model, options, length)
 
 
-def max_sequence_length(model: PreTrainedModel, options: RankOptions) -> int:
+@contextmanager
+def _private_interface() -> Iterator[None]:
+    """Continuous batching builds on more of Transformers than its public interface."""
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedModel(f"this Transformers does not have what it needs: {error}") from error
+
+
+def _refusal(config: PreTrainedConfig, error: UnsupportedModel) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"Transformers cannot batch {config.model_type} continuously ({error}); use --batching plain"
+    )
+
+
+def max_sequence_length(config: PreTrainedConfig, options: RankOptions) -> int:
     """Tokens of a prompt and its answer together.
 
     Raises:
         ValueError: more than the model has positions for.
     """
-    config = model.config.get_text_config()
-    positions: int | None = getattr(config, "max_position_embeddings", None)
+    positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     if options.max_sequence_length is None:
         return min(positions or DEFAULT_MAX_SEQUENCE_LENGTH, DEFAULT_MAX_SEQUENCE_LENGTH)
     if positions is not None and options.max_sequence_length > positions:

@@ -12,16 +12,15 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
 
+from dwdp.memory_plan import available_memory_bytes
 from dwdp.serving.openai.responses import FinishReason
 from dwdp.serving.rank_server.backend import (
     NO_END_TOKEN,
@@ -32,6 +31,12 @@ from dwdp.serving.rank_server.backend import (
     UnsupportedModel,
     greedy_config,
 )
+from dwdp.serving.rank_server.kv_cache import (
+    BLOCK_TOKENS,
+    KvCachePlan,
+    max_running,
+    plan_kv_cache,
+)
 from dwdp.serving.rank_server.options import RankOptions
 from dwdp.serving.rank_server.sampling import SamplingParams, TokenLogprobs, choose
 from dwdp.serving.rank_server.trial import Trial
@@ -41,11 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_BLOCK_TOKENS = 32
-_SPARE_BLOCKS = 2
-"""The scheduler asks for up to this many blocks more than a sequence's tokens fill."""
-
-DEFAULT_KV_CACHE_TOKENS = 32_768
 _POLL_S = 0.2
 _STOP_S = 10.0
 
@@ -68,8 +68,11 @@ class ContinuousBackend(Backend):
         self, model: PreTrainedModel, options: RankOptions, max_sequence_length: int
     ) -> None:
         self.max_sequence_length = max_sequence_length
-        self.max_running = min(options.max_running, options.max_batch_tokens)
-        self.kv_cache_tokens = _cache_tokens(options, self.max_running, max_sequence_length)
+        self.max_running = max_running(options)
+        cache = plan_kv_cache(
+            model.config.get_text_config(), model.dtype, options, max_sequence_length
+        )
+        self.kv_cache_tokens, self.kv_cache_bytes = cache.num_tokens, cache.num_bytes
         self._sampler = _BatchSampler()
         self._delivered: dict[str, int] = {}
         self._requests: dict[str, SequenceRequest] = {}
@@ -81,8 +84,8 @@ class ContinuousBackend(Backend):
         self._manager: Any = None
         trial = Trial.of(model, max_sequence_length)
         try:
-            self._manager = self._make_manager(options)
-            self.kv_cache_bytes = self._allocate_cache()
+            self._manager = self._make_manager(options, cache)
+            self._allocate_cache()
             self._manager.start()
             self._run(trial)
         except BaseException as error:
@@ -141,12 +144,11 @@ class ContinuousBackend(Backend):
         # The manager forgets to if its thread has failed, or was never started.
         self._model.set_attn_implementation(self._attention)
 
-    def _make_manager(self, options: RankOptions) -> Any:
+    def _make_manager(self, options: RankOptions, cache: KvCachePlan) -> Any:
         model: Any = self._model
-        num_groups = len(group_layers_by_attn_type(model.config.get_text_config())[0])
         config = ContinuousBatchingConfig(
-            block_size=_BLOCK_TOKENS,
-            num_blocks=num_groups * -(-self.kv_cache_tokens // _BLOCK_TOKENS),
+            block_size=BLOCK_TOKENS,
+            num_blocks=cache.num_blocks,
             max_batch_tokens=options.max_batch_tokens,
             max_requests_per_batch=self.max_running,
             # Fetches wait inside the forward, and the sampler runs on the host: neither can be captured in a
@@ -174,18 +176,18 @@ class ContinuousBackend(Backend):
         manager.logit_processor = processors
         return manager
 
-    def _allocate_cache(self) -> int:
+    def _allocate_cache(self) -> None:
         """Take the cache's memory now, all of it, rather than page by page while requests come in."""
+        on_cpu = self._model.device.type == "cpu"
+        available_bytes = available_memory_bytes()
+        if on_cpu and self.kv_cache_bytes > available_bytes:
+            raise MemoryError(
+                f"it takes {self.kv_cache_bytes} bytes, and {available_bytes} are available"
+            )
         processor = self._manager._create_batch_processor()
         self._manager.batch_processor = processor
-        tensors = (*processor.cache.key_cache, *processor.cache.value_cache)
-        num_bytes = sum(tensor.nbytes for tensor in tensors)
-        available_bytes = psutil.virtual_memory().available
-        if tensors[0].device.type == "cpu" and num_bytes > available_bytes:
-            raise MemoryError(f"it takes {num_bytes} bytes, and {available_bytes} are available")
-        for tensor in tensors:
+        for tensor in (*processor.cache.key_cache, *processor.cache.value_cache):
             tensor.zero_()
-        return num_bytes
 
     def _run(self, trial: Trial) -> None:
         """Generate ``trial``'s tokens, and compare.
@@ -208,21 +210,39 @@ class ContinuousBackend(Backend):
         trial.check(token_ids, logprobs)
 
     def _read(self, deliver: Deliver, on_failure: Callable[[str], None]) -> None:
-        while True:
-            output = self._manager.get_result(timeout=_POLL_S)
-            steps = []
-            while output is not None:
-                step = self._step(output)
-                if step is not None:
-                    steps.append(step)
-                output = self._manager.get_result(timeout=0)
-            if steps:
-                deliver(steps)
-            elif not self._manager.is_running():
-                if not self._is_stopping:
-                    error = self._manager.background_thread_status.fatal_error
-                    on_failure(f"{type(error).__name__}: {error}")
-                return
+        """Hand on what is generated until there can be no more of it."""
+        try:
+            while self._hand_on(deliver):
+                pass
+            error = self._manager.background_thread_status.fatal_error
+        except Exception as caught:  # nobody would read what sequences gain from now on
+            logger.exception("reading the generated tokens failed")
+            error = caught
+        if not self._is_stopping:
+            on_failure(f"{type(error).__name__}: {error}")
+
+    def _hand_on(self, deliver: Deliver) -> bool:
+        """Deliver what there is. False when the generation loop has ended and all is delivered."""
+        output = self._manager.get_result(timeout=_POLL_S)
+        steps = []
+        while output is not None:
+            step = self._step_or_error(output)
+            if step is not None:
+                steps.append(step)
+            output = self._manager.get_result(timeout=0)
+        if steps:
+            deliver(steps)
+        return bool(steps) or self._manager.is_running()
+
+    def _step_or_error(self, output: Any) -> Step | None:
+        """As :meth:`_step`. What goes wrong with one sequence's tokens ends that sequence alone."""
+        try:
+            return self._step(output)
+        except Exception as error:
+            logger.exception("the tokens of a sequence could not be read")
+            self.cancel(output.request_id)
+            self._sampler.forget(output.request_id)
+            return Step(output.request_id, error=f"{type(error).__name__}: {error}")
 
     def _step(self, output: Any) -> Step | None:
         """What is new in ``output``, which has all tokens so far. None if its sequence was cancelled."""
@@ -293,15 +313,3 @@ class _BatchSampler(ContinuousBatchingLogitsProcessor):
     def forget(self, sequence_id: str) -> None:
         with self._lock:
             self._logprobs.pop(sequence_id, None)
-
-
-def _cache_tokens(options: RankOptions, max_running: int, max_sequence_length: int) -> int:
-    one = max_sequence_length + _SPARE_BLOCKS * _BLOCK_TOKENS
-    if options.kv_cache_tokens is None:
-        return max(one, min(DEFAULT_KV_CACHE_TOKENS, max_running * one))
-    if options.kv_cache_tokens < one:
-        raise ValueError(
-            f"kv_cache_tokens is {options.kv_cache_tokens}, but one sequence of {max_sequence_length} tokens "
-            f"needs {one}: raise it, or lower max_sequence_length"
-        )
-    return options.kv_cache_tokens

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from dwdp.serving.rank_server.text import AnswerText, TextDelta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
 
@@ -191,23 +194,30 @@ class Engine:
                 RETRY_AFTER_S,
             )
         generation = Generation(self, len(requests))
-        for index, request in enumerate(requests):
-            sequence_id = str(next(self._numbers))
-            detokenizer = Detokenizer(self._tokenizer, request.prompt if request.continues else ())
-            text = AnswerText(index, detokenizer, request.stops)
-            self._answers[sequence_id] = _Answer(generation, request, text)
-            generation.own(sequence_id)
-            self.counters.prompt_tokens += len(request.prompt)
-            self.backend.add(
-                SequenceRequest(
-                    sequence_id,
-                    request.prompt,
-                    request.max_new_tokens,
-                    request.end_tokens,
-                    request.sampling,
-                )
-            )
+        try:
+            for index, request in enumerate(requests):
+                self._begin(generation, index, request)
+        except BaseException:
+            generation.cancel()
+            raise
         return generation
+
+    def _begin(self, generation: Generation, index: int, request: AnswerRequest) -> None:
+        sequence_id = str(next(self._numbers))
+        detokenizer = Detokenizer(self._tokenizer, request.prompt if request.continues else ())
+        text = AnswerText(index, detokenizer, request.stops)
+        self._answers[sequence_id] = _Answer(generation, request, text)
+        generation.own(sequence_id)
+        self.counters.prompt_tokens += len(request.prompt)
+        self.backend.add(
+            SequenceRequest(
+                sequence_id,
+                request.prompt,
+                request.max_new_tokens,
+                request.end_tokens,
+                request.sampling,
+            )
+        )
 
     def check_open(self) -> None:
         """Raises ApiError 503 if the rank takes no requests any more."""
@@ -237,19 +247,31 @@ class Engine:
             if answer is None:
                 continue
             if step.error is not None:
-                del self._answers[step.sequence_id]
-                self.counters.failed += 1
-                answer.generation.put(internal(f"The model failed: {step.error}"))
+                self._end_with_error(answer, step.sequence_id, step.error)
                 continue
-            delta = answer.text.add(step)
-            answer.num_tokens += delta.num_tokens
-            self.counters.generated_tokens += delta.num_tokens
-            if delta.finish_reason is not None:
-                del self._answers[step.sequence_id]
-                self.counters.finished += 1
-                if not step.is_last:  # a stop string: the model does not know
-                    self.backend.cancel(step.sequence_id)
-            answer.generation.put(delta)
+            try:
+                self._add(answer, step)
+            except Exception as error:  # the other answers' steps are still to come
+                logger.exception("the text of an answer could not be made")
+                self.backend.cancel(step.sequence_id)
+                reason = f"{type(error).__name__}: {error}"
+                self._end_with_error(answer, step.sequence_id, reason)
+
+    def _add(self, answer: _Answer, step: Step) -> None:
+        delta = answer.text.add(step)
+        answer.num_tokens += delta.num_tokens
+        self.counters.generated_tokens += delta.num_tokens
+        if delta.finish_reason is not None:
+            del self._answers[step.sequence_id]
+            self.counters.finished += 1
+            if not step.is_last:  # a stop string: the model does not know
+                self.backend.cancel(step.sequence_id)
+        answer.generation.put(delta)
+
+    def _end_with_error(self, answer: _Answer, sequence_id: str, reason: str) -> None:
+        self._answers.pop(sequence_id, None)
+        self.counters.failed += 1
+        answer.generation.put(internal(f"The model failed: {reason}"))
 
     def _fail(self, reason: str) -> None:
         self.failure = reason

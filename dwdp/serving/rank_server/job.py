@@ -48,6 +48,7 @@ class RankServerJob(BaseModel):
     model_dir: str = Field(description="Checkpoint directory.")
     served_model_name: str = Field(description="What requests call the model.")
     dtype: str = Field(default="auto", description="As in dwdp.engines.transformers.load.")
+    device: str = Field(default="cpu", description="As in dwdp.engines.transformers.load.")
     num_threads: int = Field(ge=1, description="Compute threads.")
     config: DwdpConfig = Field(description="Of the group.")
     options: RankOptions = Field(description="Of the server.")

@@ -22,7 +22,9 @@ class RankOptions(BaseModel):
         default="auto",
         description="How a rank shares its model among requests: continuous (Transformers' continuous "
         "batching: new requests join the running ones at every step), plain (one after the other), or auto "
-        "(continuous where the model supports it).",
+        "(continuous where the model supports it). In bfloat16 and float16, rounding depends on what else is "
+        "in a batch: where two tokens are almost equally likely, continuous batching can answer differently "
+        "from run to run, at temperature 0 too. In float32 that takes a far closer tie; plain never batches.",
     )
     max_sequence_length: int | None = Field(
         default=None,
@@ -51,7 +53,7 @@ class RankOptions(BaseModel):
         ge=1,
         description="Tokens that a rank's key-value cache holds (continuous batching). Default: 32768, or "
         "what max_running sequences of full length can fill if that is less, or one such sequence needs if "
-        "that is more.",
+        "that is more. Its memory is taken when a rank starts.",
     )
     chat_template: str | None = Field(
         default=None,

@@ -98,6 +98,8 @@ class PlainBackend(Backend):
             self._thread.join(_STOP_S)
 
     def _work(self, deliver: Deliver) -> None:
+        if self._model.device.type == "cuda":  # threads begin with the first GPU
+            torch.cuda.set_device(self._model.device)
         while (sequence := self._queue.get()) is not None:
             if sequence.is_cancelled.is_set():
                 continue

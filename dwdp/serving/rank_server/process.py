@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from dwdp.fabric.base import FabricError
-from dwdp.group import Group, GroupError, PeerFailure
+from dwdp.group import Group
 from dwdp.launch import discover_launch
+from dwdp.rendezvous import GroupError, PeerFailure
 from dwdp.serving.lifetime import end_with_parent
 from dwdp.serving.rank_server.job import (
     EXIT_BAD_INPUT,
@@ -80,7 +81,7 @@ def _run(job: RankServerJob) -> str | None:
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     # What else can go wrong before the first request belongs to set-up: it ends the group, not one rank.
     with group.setting_up():
-        attachment = load(job.model_dir, group, job.config, dtype=job.dtype)
+        attachment = load(job.model_dir, group, job.config, dtype=job.dtype, device=job.device)
         try:
             service = _Service(job, attachment, group)
         except BaseException:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from dwdp.config import DwdpConfig
-from dwdp.memory_plan import available_memory_bytes
+from dwdp.memory_plan import check_group_memory, describe_rejoin_shortage
 from dwdp.serving.generation import quiet_transformers
-from dwdp.serving.plan import check_memory, load_tokenizer, plan_group_memory
+from dwdp.serving.plan import load_tokenizer, plan_group_memory, pools_of_ranks
+from dwdp.serving.rank_server.batching import planned_kv_cache_bytes
+from dwdp.serving.rank_server.options import RankOptions
+
+log = logging.getLogger(__name__)
 
 
-def check_servable(model_dir: Path, config: DwdpConfig, dtype: str) -> None:
-    """Check files, model, placement, tokenizer and memory, in that order.
+def check_servable(
+    model_dir: Path, config: DwdpConfig, options: RankOptions, *, dtype: str, device: str
+) -> None:
+    """Check device, files, model, placement, tokenizer, limits and memory, in that order.
+
+    Memory that only a rank that is started again would lack is no reason to refuse: it is logged.
 
     Raises:
         ValueError: one of them will not do; the text says which and what to change.
@@ -19,8 +28,13 @@ def check_servable(model_dir: Path, config: DwdpConfig, dtype: str) -> None:
     from dwdp.engines.transformers.loading import inspect_checkpoint
 
     quiet_transformers()
+    pools = pools_of_ranks(config.dwdp_size, device)
     info = inspect_checkpoint(model_dir, dtype)
-    memory = plan_group_memory(info, config, "cpu")
+    kv_cache_bytes = planned_kv_cache_bytes(info.config, info.dtype, options)
+    memory = plan_group_memory(info, config, device, kv_cache_bytes=kv_cache_bytes)
     if load_tokenizer(model_dir) is None:
         raise ValueError(f"{model_dir} has no tokenizer, and an endpoint for text needs one")
-    check_memory(memory, available_memory_bytes())
+    check_group_memory(pools, memory)
+    shortage = describe_rejoin_shortage(pools, memory)
+    if shortage is not None:
+        log.warning("%s: until there is more, a rank that is lost may not come back", shortage)

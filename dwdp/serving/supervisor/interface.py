@@ -77,4 +77,4 @@ class RankLauncher(Protocol):
         """How to start ``rank`` in the current group for the ``incarnation``-th time (0: the first)."""
 
     def report_death(self, rank: int, message: str) -> None:
-        """``rank`` died while the group was set up; tell its peers, so that they do not wait for it."""
+        """``rank`` died, and is not started again in this group: its peers must not wait for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import time
@@ -21,15 +22,19 @@ class Watch:
     """How closely ranks are watched.
 
     Attributes:
+        start_timeout_s: a rank that is not ready after so long is killed; that start has failed.
         starting_poll_s, poll_s: seconds between looks at a rank that starts, and at one that runs.
         timeout_s: a rank that takes longer to answer is unresponsive, and gets no new requests.
         hang_s: a rank that has been unresponsive for so long is killed and started again.
+        drain_timeout_s: so is one that stopped listening so long ago and has not ended.
     """
 
+    start_timeout_s: float = 720.0
     starting_poll_s: float = 0.1
     poll_s: float = 1.0
     timeout_s: float = 10.0
     hang_s: float = 300.0
+    drain_timeout_s: float = 330.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class RankLife:
         self._watch = watch
         self._ready_at_s: float | None = None
         self._answered_s = 0.0
+        self._refuses_since_s: float | None = None
+        self._kill_reason = ""
 
     async def run(self) -> LifeEnd:
         """Watch until the process ends."""
@@ -69,20 +76,30 @@ class RankLife:
         finally:
             watcher.cancel()
         ready_s = None if self._ready_at_s is None else time.monotonic() - self._ready_at_s
-        return LifeEnd(code, self.process.describe_end(code), ready_s)
+        return LifeEnd(code, self._kill_reason or self.process.describe_end(code), ready_s)
 
     async def _look_after(self) -> None:
-        while not await self._is_set_up():
-            await asyncio.sleep(self._watch.starting_poll_s)
+        try:
+            await asyncio.wait_for(self._until_set_up(), self._watch.start_timeout_s)
+        except asyncio.TimeoutError:
+            self._kill(f"was not ready within {self._watch.start_timeout_s:.0f} s")
+            return
         await self._read_stats()  # the router goes by the limits in them
         self._ready_at_s = self._answered_s = time.monotonic()
         self._table.set_state(self._rank, RankState.READY)
         while True:
             try:
                 await self._look()
-            except LINK_ERRORS:
-                self._note_silence()
+            except LINK_ERRORS as error:
+                if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
+                    self._note_refusal()
+                else:
+                    self._note_silence()
             await asyncio.sleep(self._watch.poll_s)
+
+    async def _until_set_up(self) -> None:
+        while not await self._is_set_up():
+            await asyncio.sleep(self._watch.starting_poll_s)
 
     async def _is_set_up(self) -> bool:
         try:
@@ -103,18 +120,32 @@ class RankLife:
         elif await self._link.is_healthy(endpoint.live_path, timeout_s):
             state = RankState.DRAINING
         else:
-            log.error("rank %d says that it cannot compute any more: killed", self._rank.rank)
-            self.process.send_signal(signal.SIGKILL)
+            self._kill("said that it could not compute any more")
             return
         self._answered_s = time.monotonic()
+        self._refuses_since_s = None
         self._table.set_state(self._rank, state)
         await self._read_stats()
 
+    def _note_refusal(self) -> None:
+        """Nobody listens there any more: the rank was told to end, and finishes what it has."""
+        now_s = time.monotonic()
+        if self._refuses_since_s is None:
+            self._refuses_since_s = now_s
+        self._table.set_state(self._rank, RankState.DRAINING, "it takes no new connections")
+        refusing_s = now_s - self._refuses_since_s
+        if refusing_s > self._watch.drain_timeout_s:
+            self._kill(f"did not end within {refusing_s:.0f} s")
+
     def _note_silence(self) -> None:
         silent_s = time.monotonic() - self._answered_s
-        if silent_s < self._watch.timeout_s:  # a rank that drains has closed its socket
+        if silent_s < self._watch.timeout_s:
             return
         self._table.set_state(self._rank, RankState.UNRESPONSIVE, f"no answer for {silent_s:.0f} s")
         if silent_s > self._watch.timeout_s + self._watch.hang_s:
-            log.error("rank %d has not answered for %.0f s: killed", self._rank.rank, silent_s)
-            self.process.send_signal(signal.SIGKILL)
+            self._kill(f"has not answered for {silent_s:.0f} s")
+
+    def _kill(self, reason: str) -> None:
+        self._kill_reason = f"{reason}, and was killed"
+        log.error("rank %d %s", self._rank.rank, self._kill_reason)
+        self.process.send_signal(signal.SIGKILL)

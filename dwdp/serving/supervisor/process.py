@@ -40,9 +40,14 @@ class RankProcess:
             stderr=asyncio.subprocess.STDOUT,
         )
         assert process.stdin is not None
-        with suppress(ConnectionError):  # it has ended already; its exit code says so
-            process.stdin.write(start.stdin)
-            await process.stdin.drain()
+        try:
+            with suppress(ConnectionError):  # it has ended already; its exit code says so
+                process.stdin.write(start.stdin)
+                await process.stdin.drain()
+        except asyncio.CancelledError:
+            with suppress(ProcessLookupError):
+                process.kill()
+            raise
         process.stdin.close()
         return cls(rank, process)
 

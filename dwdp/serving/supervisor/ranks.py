@@ -19,9 +19,10 @@ class RankState(enum.Enum):
     UNRESPONSIVE = "unresponsive"
     """It runs but does not answer (stopped, swapped out): it keeps its streams and gets nothing new."""
     DRAINING = "draining"
+    """It finishes what it has, and takes nothing new."""
     DEAD = "dead"
     GIVEN_UP = "given up"
-    """It failed to start too often, and is not started again."""
+    """It is not started again, unless the whole group starts anew."""
 
     @property
     def holds_memory(self) -> bool:

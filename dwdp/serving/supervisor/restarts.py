@@ -25,10 +25,14 @@ class RestartPolicy:
 
     def record_end(self, ready_s: float | None) -> None:
         """A process ended that had been ready for ``ready_s`` seconds (None: it never was)."""
-        if ready_s is not None and ready_s >= self.stable_s:
+        if self.is_stable(ready_s):
             self.num_failures = 0
         else:
             self.num_failures += 1
+
+    def is_stable(self, ready_s: float | None) -> bool:
+        """Whether a process that had been ready for ``ready_s`` seconds has done well."""
+        return ready_s is not None and ready_s >= self.stable_s
 
     @property
     def is_exhausted(self) -> bool:

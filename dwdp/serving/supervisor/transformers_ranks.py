@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dwdp.config import DwdpConfig
-from dwdp.rendezvous import prefixed, report_failure, serve_store
+from dwdp.rendezvous import prefixed, report_failure, report_loss, serve_store
 from dwdp.serving.environment import rank_environment
 from dwdp.serving.rank_server.job import EXIT_BAD_INPUT, EXIT_PEER_FAILED, RankServerJob
 from dwdp.serving.rank_server.options import RankOptions
@@ -33,6 +33,7 @@ class TransformersRanks:
 
     Args:
         model_name: what requests call the model.
+        dtype, device: as in :func:`dwdp.engines.transformers.load`.
         num_threads: compute threads of each rank.
     """
 
@@ -48,6 +49,7 @@ class TransformersRanks:
         *,
         dtype: str,
         num_threads: int,
+        device: str = "cpu",
     ) -> None:
         self.num_ranks = config.dwdp_size
         self._model_dir = model_dir
@@ -55,6 +57,7 @@ class TransformersRanks:
         self._config = config
         self._options = options
         self._dtype = dtype
+        self._device = device
         self._num_threads = num_threads
         self._token = secrets.token_hex(16)
         self._store: Any = None
@@ -78,6 +81,7 @@ class TransformersRanks:
             model_dir=str(self._model_dir),
             served_model_name=self.model_name,
             dtype=self._dtype,
+            device=self._device,
             num_threads=self._num_threads,
             config=self._config,
             options=self._options,
@@ -100,4 +104,6 @@ class TransformersRanks:
 
     def report_death(self, rank: int, message: str) -> None:
         """See :class:`~dwdp.serving.supervisor.interface.RankLauncher`."""
-        report_failure(prefixed(self._store), rank, message)
+        store = prefixed(self._store)
+        report_failure(store, rank, message)  # for ranks that set up the group
+        report_loss(store, rank, message)  # for ranks that rejoin it

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dwdp.cli.main import describe_error
-from dwdp.group import GroupError
+from dwdp.rendezvous import GroupError
 from dwdp.serving.router.service import Service
 from dwdp.serving.router.settings import RouterSettings
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
