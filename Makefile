@@ -4,6 +4,8 @@
 #   VENV=DIR            where the virtual environment is
 #   CXX=clang++         C++17 compiler of the native module
 #   TORCH_INDEX=URL     further package index, for a CPU build of torch (see CONTRIBUTING.md)
+#   TRTLLM_SOURCE=DIR   checkout of TensorRT-LLM, for test-trtllm
+#   TRTLLM_VENV=DIR     where the virtual environment of test-trtllm is
 #   PYTEST_ARGS='-k x'  more arguments for pytest
 #   GPU_REPORT_ARGS=... more arguments for the GPU report, such as --output-dir DIR
 
@@ -14,6 +16,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+TRTLLM_SOURCE ?=
+TRTLLM_VENV ?= .venv-trtllm
 PYTEST_ARGS ?=
 GPU_REPORT_ARGS ?=
 ifeq ($(origin CXX),default)
@@ -22,23 +26,26 @@ endif
 export CXX
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check --no-input install -c constraints.txt \
+PIP_OPTIONS := --disable-pip-version-check --no-input install \
 	$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP := $(PY) -m pip $(PIP_OPTIONS) -c constraints.txt
 # Of pip's output: one line per package that is downloaded or built. Errors go to stderr and stay.
 PIP_LINES := sed -unE '/\.metadata/d; s/^ *(Downloading|Using cached|Building) /      \1 /p'
 
 # The GPU report installs nothing: it takes the virtual environment if there is one, else PYTHON's own packages.
 GPU_PY := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
+TRTLLM_PY := $(TRTLLM_VENV)/bin/python
+TRTLLM_STAMP := $(TRTLLM_VENV)/.packages
 PACKAGES_STAMP := $(VENV)/.packages
 NATIVE_STAMP := $(VENV)/.native
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES := find csrc tests/native tests/cuda -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: help setup toolchain demo test test-asan test-tsan lint format bench bench-serve gpu-report clean distclean
+.PHONY: help setup toolchain demo test test-trtllm test-asan test-tsan lint format bench bench-serve gpu-report clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(PACKAGES_STAMP) ## create .venv, install pinned packages, build the native module
 	@$(MAKE) --silent --no-print-directory $(NATIVE_STAMP)
@@ -79,6 +86,25 @@ demo: setup ## run the small trained model on 4 ranks, staged and direct
 test: setup ## run the tests
 	@$(PY) -m pytest -q $(PYTEST_ARGS)
 
+test-trtllm: setup ## run the tests of the TensorRT-LLM plugin on a checkout: TRTLLM_SOURCE=DIR
+	@test -f '$(TRTLLM_SOURCE)/tensorrt_llm/__init__.py' || { echo "error: name a checkout of TensorRT-LLM," \
+	  "the folder that holds tensorrt_llm/, with TRTLLM_SOURCE=DIR" >&2; exit 2; }
+	@$(MAKE) --silent --no-print-directory $(TRTLLM_STAMP)
+	@TRTLLM_SOURCE='$(abspath $(TRTLLM_SOURCE))' PYTHONPATH='$(CURDIR)' \
+	  $(TRTLLM_PY) -m pytest -q --disable-warnings tests/tensorrt_llm $(PYTEST_ARGS)
+
+# The interpreter is that of .venv, so its native module serves here as well.
+$(TRTLLM_STAMP): tests/tensorrt_llm/requirements.txt setup.py dwdp/engines/tensorrt_llm/startup.py
+	@command -v mpirun > /dev/null || { echo "error: mpi4py needs Open MPI: install openmpi-bin and" \
+	  "libopenmpi-dev (Debian, Ubuntu) or openmpi-devel (Fedora)" >&2; exit 1; }
+	@echo "[1/2] virtual environment in $(TRTLLM_VENV)"
+	@$(PY) -m venv $(TRTLLM_VENV)
+	@echo "[2/2] the packages that TensorRT-LLM imports (several minutes the first time)"
+	@$(TRTLLM_PY) -m pip $(PIP_OPTIONS) -r tests/tensorrt_llm/requirements.txt | $(PIP_LINES)
+	@$(PY) setup.py --quiet build_startup_file --build-lib \
+	  "$$($(TRTLLM_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $(TRTLLM_STAMP)
+
 test-asan: ## run the native tests under the address and undefined-behaviour sanitizers
 	@$(MAKE) --no-print-directory -C tests/native asan
 
@@ -111,10 +137,10 @@ gpu-report: ## on a GPU: build, run the GPU tests and benchmarks, write benchmar
 
 clean: ## remove build outputs and caches
 	@rm -rf build dist *.egg-info dwdp/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@find . -name __pycache__ -not -path './$(VENV)/*' -not -path './$(TRTLLM_VENV)/*' -prune -exec rm -rf {} +
 	@rm -f $(NATIVE_STAMP)
 	@$(MAKE) --silent -C tests/native clean
 	@$(MAKE) --silent -C tests/cuda/standin clean
 
 distclean: clean ## remove the virtual environment as well
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) $(TRTLLM_VENV)

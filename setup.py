@@ -6,6 +6,9 @@ or in /usr/local/cuda. Environment:
     DWDP_CUDA        0: without the CUDA fabric; 1: not without it; else whatever is found
     DWDP_CUDA_ARCHS  GPU architectures of the kernels, "90 100" for instance
     DWDP_BUILD_JOBS  files that are compiled at a time; 2 unless set, 0 for one per processor
+
+Beside the package it installs ``dwdp-tensorrt-llm.pth``, which holds what runs when Python starts; see
+dwdp/engines/tensorrt_llm/startup.py.
 """
 
 from __future__ import annotations
@@ -18,11 +21,15 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
-from setuptools import setup
+from setuptools import Command, setup
+from setuptools.command.build import build
 
 ROOT = Path(__file__).resolve().parent
+STARTUP_SOURCE = ROOT / "dwdp" / "engines" / "tensorrt_llm" / "startup.py"
+STARTUP_FILE = "dwdp-tensorrt-llm.pth"
 KERNELS = ("demand", "spin")
 
 # Those that the toolkit knows are taken, and PTX of the last for GPUs newer than any.
@@ -219,6 +226,49 @@ class BuildNativeCore(build_ext):
             last.write_text(configuration)
 
 
+class BuildStartupFile(Command):
+    """Writes what Python's ``site`` runs: one line, as it takes only such, with names of its own."""
+
+    description = f"write {STARTUP_FILE}"
+    user_options: ClassVar[list[tuple[str, str, str]]] = [
+        ("build-lib=", "b", "the folder to write it to")
+    ]
+    editable_mode = False
+
+    def initialize_options(self) -> None:
+        self.build_lib: str | None = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def run(self) -> None:
+        # An editable wheel leaves out the build folder; what goes beside the packages is put there directly.
+        folder = self.get_finalized_command("install").install_lib if self.editable_mode else None
+        path = Path(folder or self.build_lib or ".", STARTUP_FILE)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        source = STARTUP_SOURCE.read_text(encoding="utf-8")
+        line = f"import sys; exec({source!a}, {{'__name__': 'dwdp_startup'}})\n"
+        path.write_text(line, encoding="ascii")
+
+    def get_source_files(self) -> list[str]:
+        return [str(STARTUP_SOURCE.relative_to(ROOT))]
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class Build(build):
+    """``build``, and the startup file."""
+
+    sub_commands: ClassVar[list[tuple[str, Any]]] = [
+        *build.sub_commands,
+        ("build_startup_file", None),
+    ]
+
+
 def as_array(name: str, content: bytes) -> str:
     numbers = ",".join(map(str, content))
     return (
@@ -249,4 +299,11 @@ native_core = Pybind11Extension(
 
 ParallelCompile("DWDP_BUILD_JOBS", default=2).install()
 
-setup(ext_modules=[native_core], cmdclass={"build_ext": BuildNativeCore})
+setup(
+    ext_modules=[native_core],
+    cmdclass={
+        "build": Build,
+        "build_ext": BuildNativeCore,
+        "build_startup_file": BuildStartupFile,
+    },
+)

@@ -10,6 +10,7 @@ over the others.
 | DWDP_RENDEZVOUS | host:port of the group's store |
 | DWDP_STORE_IS_SERVED | 1: the launcher serves the store; otherwise rank 0 does |
 | DWDP_INCARNATION | how often this rank was started before; above 0 it takes the place of a dead one |
+| DWDP_ATTEMPT | keeps apart what meets at one store: groups side by side, ranks started again |
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ DWDP_WORLD_SIZE = "DWDP_WORLD_SIZE"
 DWDP_RENDEZVOUS = "DWDP_RENDEZVOUS"
 DWDP_STORE_IS_SERVED = "DWDP_STORE_IS_SERVED"
 DWDP_INCARNATION = "DWDP_INCARNATION"
+DWDP_ATTEMPT = "DWDP_ATTEMPT"
 
 _RANK_VARIABLES = (
     ("dwdp", DWDP_RANK, DWDP_WORLD_SIZE),
@@ -31,8 +33,41 @@ _RANK_VARIABLES = (
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("mpirun", "PMI_RANK", "PMI_SIZE"),
 )
+_LOCAL_RANK_VARIABLES = {
+    "torchrun": ("LOCAL_RANK",),
+    "mpirun": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+    "srun": ("SLURM_LOCALID",),
+}
 _JOB_VARIABLES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID", "SLURM_STEP_ID")
 _FIRST_DERIVED_PORT, _NUM_DERIVED_PORTS = 20000, 10000
+
+_LAUNCHER_PREFIXES = (
+    "OMPI_",
+    "PMI_",
+    "PMIX_",
+    "PRTE_",
+    "HYDRA_",
+    "MPI_LOCAL",
+    "MPIR_CVAR_",
+    "SLURM_",
+    "TORCHELASTIC_",
+)
+_LAUNCHER_VARIABLES = frozenset(
+    {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }
+)
+# What users and container images set for any MPI program: which transports and collectives it may use.
+_KEPT_PREFIXES = (
+    "OMPI_ALLOW_RUN_AS_ROOT",
+    *(f"OMPI_MCA_{part}" for part in ("btl", "coll", "io", "mtl", "opal", "osc", "pml")),
+)
 
 
 class LaunchError(ValueError):
@@ -49,7 +84,8 @@ class LaunchInfo:
         size: ranks started together.
         host, port: where the group's store is, or will be.
         store_is_served: whether somebody outside the group serves the store; otherwise rank 0 does.
-        attempt: how often the launcher has started the ranks before.
+        attempt: ranks of different attempts do not meet, though their store may be the same: how often
+            the launcher has started the ranks before, or what DWDP_ATTEMPT says.
         incarnation: how often this rank alone was started before, while the others went on.
     """
 
@@ -69,6 +105,29 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | Non
     Raises:
         LaunchError: a variable is missing, is no number, or the rank is outside the size.
     """
+    found = find_rank(environ)
+    if found is None:
+        return None
+    launcher, rank, size = found
+    host, port = _rendezvous(environ, launcher)
+    # The agent of torchrun serves a store at its own address, not at one that the user names.
+    served = (
+        environ.get(DWDP_STORE_IS_SERVED) == "1"
+        if DWDP_RENDEZVOUS in environ
+        else environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    )
+    attempt_key = "TORCHELASTIC_RESTART_COUNT" if launcher == "torchrun" else DWDP_ATTEMPT
+    attempt = _number(environ, launcher, attempt_key) if attempt_key in environ else 0
+    incarnation = _number(environ, launcher, DWDP_INCARNATION) if DWDP_INCARNATION in environ else 0
+    return LaunchInfo(launcher, rank, size, host, port, served, attempt, incarnation)
+
+
+def find_rank(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
+    """The launcher, this process's rank and the number of ranks; None when no launcher started it.
+
+    Raises:
+        LaunchError: a variable is missing, is no number, or the rank is outside the size.
+    """
     found = _find_launcher(environ)
     if found is None:
         return None
@@ -79,16 +138,33 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | Non
             f"{launcher} says rank {rank} of {size} ({rank_key}, {size_key}): "
             "a rank lies between 0 and the size less one"
         )
-    host, port = _rendezvous(environ, launcher)
-    # The agent of torchrun serves a store at its own address, not at one that the user names.
-    served = (
-        environ.get(DWDP_STORE_IS_SERVED) == "1"
-        if DWDP_RENDEZVOUS in environ
-        else environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    )
-    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0") if launcher == "torchrun" else "0"
-    incarnation = _number(environ, launcher, DWDP_INCARNATION) if DWDP_INCARNATION in environ else 0
-    return LaunchInfo(launcher, rank, size, host, port, served, int(attempt), incarnation)
+    return launcher, rank, size
+
+
+def find_local_rank(launcher: str, environ: Mapping[str, str] = os.environ) -> int | None:
+    """How many ranks of lower number ``launcher`` started on this host; None if it does not say.
+
+    Raises:
+        LaunchError: it says something that is no number.
+    """
+    for key in _LOCAL_RANK_VARIABLES.get(launcher, ()):
+        if key in environ:
+            return _number(environ, launcher, key)
+    return None
+
+
+def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` for a process that must not take itself for one of a launcher's ranks.
+
+    Left out is what mpirun, srun and torchrun tell their ranks. ``DWDP_*`` is kept, and so are Open MPI's
+    settings that say which transports to use.
+    """
+    return {
+        key: value
+        for key, value in environ.items()
+        if key.startswith(_KEPT_PREFIXES)
+        or not (key in _LAUNCHER_VARIABLES or key.startswith(_LAUNCHER_PREFIXES))
+    }
 
 
 def _find_launcher(environ: Mapping[str, str]) -> tuple[str, str, str] | None:
@@ -123,6 +199,9 @@ def _rendezvous(environ: Mapping[str, str], launcher: str) -> tuple[str, int]:
     if not job:
         raise LaunchError(f"{launcher} names no job; set {DWDP_RENDEZVOUS}=host:port on every rank")
     num_nodes = environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1"))
+    local_size, size = "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"
+    if launcher == "mpirun" and environ.get(local_size, "") != environ.get(size, ""):
+        num_nodes = "several" if local_size in environ else num_nodes
     if num_nodes != "1":
         raise LaunchError(
             f"{launcher} runs on {num_nodes} nodes; set {DWDP_RENDEZVOUS}=host:port on every rank, "

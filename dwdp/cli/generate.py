@@ -141,6 +141,7 @@ class GenerateOptions:
     "slice_bytes",
     "num_lanes",
     "lane_depth",
+    "contention_opt",
     "setup_timeout_s",
 )
 @dtype_option

@@ -62,6 +62,9 @@ class CommandEntry(NamedTuple):
 
 
 COMMANDS = {
+    "doctor": CommandEntry(
+        "dwdp.cli.doctor", "doctor", "Say what dwdp can do here, and with this TensorRT-LLM."
+    ),
     "generate": CommandEntry(
         "dwdp.cli.generate", "generate", "Generate text with a group of ranks on this machine."
     ),

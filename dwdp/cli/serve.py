@@ -97,6 +97,7 @@ def _model_from_options(model: type[_Model], options: Mapping[str, Any]) -> _Mod
     "slice_bytes",
     "num_lanes",
     "lane_depth",
+    "contention_opt",
     "setup_timeout_s",
 )
 @_model_options(RankOptions, *_SHARED)

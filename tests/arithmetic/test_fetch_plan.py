@@ -55,6 +55,30 @@ def test_worked_example() -> None:
     ]
 
 
+def test_a_plain_plan_reads_one_source_after_the_other_and_cuts_nothing() -> None:
+    placement = build_placement(4, 4)
+    layer = [build_layout(placement, expert_bytes, 1) for expert_bytes in (4, 2)]
+    for rank in range(4):
+        peers = [peer for peer in range(4) if peer != rank]
+        wanted = [
+            part
+            for peer in peers
+            for part in (Slice(peer, 0, 4 * peer, 4), Slice(peer, 1, 2 * peer, 2))
+        ]
+        plan = build_fetch_plan(rank, layer, slice_bytes=None)
+        assert [lane[0].source for lane in plan.lanes] == peers
+        assert plan.shared_out(1) == [wanted]
+        assert plan.shared_out(3) == [wanted, [], []]
+
+
+def test_sources_that_share_a_lane_alternate() -> None:
+    layout = build_layout(build_placement(4, 4), expert_bytes=8, granularity=4)
+    plan = build_fetch_plan(0, [layout], slice_bytes=4)
+    first, second = plan.shared_out(2)
+    assert [part.source for part in first] == [1, 3, 1, 3]
+    assert [part.source for part in second] == [2, 2]
+
+
 def test_lanes_are_in_rotated_order_and_tensors_follow_each_other() -> None:
     placement = build_placement(4, 4)
     layer = [build_layout(placement, expert_bytes, 1) for expert_bytes in (4, 2)]

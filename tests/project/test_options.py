@@ -72,6 +72,8 @@ def test_bounds_and_choices_are_those_of_the_field(name: str) -> None:
     if "enum" in schema:
         assert isinstance(kind, click.Choice)
         assert list(kind.choices) == schema["enum"]
+    elif schema["type"] == "boolean":
+        assert isinstance(kind, click.types.BoolParamType)
     else:
         assert isinstance(kind, click.IntRange | click.FloatRange)
         lower = schema.get("minimum", schema.get("exclusiveMinimum"))

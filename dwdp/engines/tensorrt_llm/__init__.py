@@ -1,0 +1,1 @@
+"""The production engine: TensorRT-LLM, extended as it is imported and never forked."""
