@@ -71,6 +71,12 @@ _COMMAND_LINE = (
         "(host, port, llm_args, ...)",
         "looked up at call time; refused for a group",
     ),
+    Symbol(
+        "commands.serve",
+        "OpenAIServer",
+        "global",
+        "looked up at call time; its server gets a route with the rank's statistics",
+    ),
     *_members(
         "commands.serve",
         "DisaggLauncherEnvs",
@@ -179,7 +185,7 @@ _EXECUTOR = (
         "executor.proxy",
         "GenerationExecutorProxy",
         "_results _error_queue mpi_futures request_queue result_queue dispatch_result_thread "
-        "doing_shutdown enable_postprocess_parallel",
+        "doing_shutdown enable_postprocess_parallel mpi_session",
         "read where a rank has died",
     ),
     Symbol(
@@ -251,6 +257,12 @@ _FORWARD = (
         "wrapped on instances: releases the layer's experts",
     ),
     Symbol(_LAYER, "MoE.forward", "(self, x, router_logits, ...)", "calls forward_impl"),
+    Symbol(
+        _LAYER,
+        "MoE.register_to_config",
+        "member",
+        "false for layers that torch.compile would trace, which are refused",
+    ),
     Symbol(
         _LAYER,
         "MoE._supports_load_balancer",
