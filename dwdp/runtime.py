@@ -172,6 +172,8 @@ class DwdpRuntime:
             indices: the router's choice of this step, ``[tokens, top_k]``, int32 or int64, on the
                 compute device. Steps that fetch on demand need it; without it, all remote experts
                 are fetched.
+
+        A layer that is computed in parts begins once in each part, without indices, and ends once.
         """
         if self._stats is not None:
             raise RuntimeError("begin() after detach(): the experts' memory has been given back")

@@ -15,7 +15,7 @@ import pytest
 
 from dwdp.engines.tensorrt_llm.executor import start_together
 from dwdp.engines.tensorrt_llm.rank_session import RankProcessError, RankSession
-from dwdp.group import PeerFailure
+from dwdp.rendezvous import PeerFailure
 
 TIMEOUT_S = 60
 ROOT = Path(__file__).parents[2]

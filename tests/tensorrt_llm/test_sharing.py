@@ -25,7 +25,7 @@ from dwdp import DwdpConfig, Group
 from dwdp.engines.tensorrt_llm import sharding
 from dwdp.engines.tensorrt_llm.sharing import SharedModel, share_experts
 from dwdp.fabric import create_fabric
-from dwdp.group import GroupError
+from dwdp.rendezvous import GroupError
 
 pytestmark = pytest.mark.trtllm
 

@@ -22,7 +22,8 @@ import pytest
 from starlette.applications import Starlette
 
 from dwdp.engines.tensorrt_llm import rank_stats
-from dwdp.engines.tensorrt_llm.rank_launcher import group_devices, served_name
+from dwdp.engines.tensorrt_llm.launch import group_devices
+from dwdp.engines.tensorrt_llm.rank_launcher import served_name
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(__file__).parent / "stand_in_serve.py"

@@ -19,8 +19,7 @@ from torch import nn
 from dwdp.engines.tensorrt_llm import worker
 from dwdp.engines.tensorrt_llm.launch import DWDP_PREPARED
 from dwdp.engines.tensorrt_llm.worker import WorkerSession
-from dwdp.group import GroupError
-from dwdp.rendezvous import serve_store
+from dwdp.rendezvous import GroupError, serve_store
 
 NUM_EXPERTS, NUM_RANKS, TIMEOUT_S = 6, 2, 60
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dwdp.config import DwdpConfig
+from dwdp.engines.tensorrt_llm import log
 from dwdp.engines.tensorrt_llm.conflicts import refuse_conflicts
 from dwdp.engines.tensorrt_llm.launch import (
     DWDP_SERVER_PID,
@@ -185,10 +186,4 @@ def _settle(arguments: Any, request: Request, *, in_environment: bool) -> None:
     if variables:
         arguments.env_overrides = {**(arguments.env_overrides or {}), **variables}
     whole = f"owns a group of {config.dwdp_size}" if place is None else f"is {place}"
-    _log(f"dwdp: this model {whole}; changed: {', '.join(changes) or 'nothing'}")
-
-
-def _log(message: str) -> None:
-    from tensorrt_llm.logger import logger
-
-    logger.info(message)
+    log.info(f"this model {whole}; changed: {', '.join(changes) or 'nothing'}")

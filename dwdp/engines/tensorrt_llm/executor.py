@@ -23,9 +23,8 @@ from dwdp.engines.tensorrt_llm import launch, log
 from dwdp.engines.tensorrt_llm.arguments import config_of
 from dwdp.engines.tensorrt_llm.rank_proxy import Rank
 from dwdp.engines.tensorrt_llm.rank_session import RankSession, check_not_starting
-from dwdp.group import PeerFailure
 from dwdp.launch import DWDP_RANK, without_launcher
-from dwdp.rendezvous import serve_store
+from dwdp.rendezvous import PeerFailure, serve_store
 
 _HOST = "127.0.0.1"
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
@@ -297,15 +296,7 @@ def _devices(num_ranks: int, environ: Mapping[str, str]) -> list[str]:
 
     if not torch.cuda.is_available():
         return []
-    num_devices = torch.cuda.device_count()
-    if num_devices < num_ranks:
-        raise ValueError(
-            f"dwdp_size is {num_ranks}, and {num_devices} GPU(s) are visible here: every rank needs one of "
-            "its own. Use fewer ranks, or start them on several nodes with srun or mpirun."
-        )
-    visible = environ.get(_VISIBLE_DEVICES)
-    names = list(map(str, range(num_devices))) if visible is None else visible.split(",")
-    return names[:num_ranks]
+    return launch.group_devices(num_ranks, torch.cuda.device_count(), environ)
 
 
 def _of_rank(event: Any, number: int) -> Any:

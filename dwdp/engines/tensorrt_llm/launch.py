@@ -336,3 +336,22 @@ def end_with_server(environ: Mapping[str, str] = os.environ) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="dwdp-server", daemon=True).start()
+
+
+def group_devices(num_ranks: int, num_devices: int, environ: Mapping[str, str]) -> list[str]:
+    """A GPU for every rank, in the names that ``CUDA_VISIBLE_DEVICES`` uses.
+
+    Args:
+        num_devices: GPUs that this process sees.
+
+    Raises:
+        ValueError: there are fewer GPUs than ranks.
+    """
+    if num_devices < num_ranks:
+        raise ValueError(
+            f"dwdp_size is {num_ranks}, and {num_devices} GPU(s) are visible here: every rank needs one of "
+            "its own. Use fewer ranks, or start them on several nodes with srun or mpirun."
+        )
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    names = list(map(str, range(num_devices))) if visible is None else visible.split(",")
+    return names[:num_ranks]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dwdp.config import DwdpConfig
-from dwdp.engines.tensorrt_llm.launch import DWDP_SUPERVISOR_PID
+from dwdp.engines.tensorrt_llm.launch import DWDP_SUPERVISOR_PID, group_devices
 from dwdp.engines.tensorrt_llm.rank_stats import STATS_PATH
 from dwdp.rendezvous import GroupError, prefixed, report_failure, report_loss, serve_store
 from dwdp.serving.dispatcher import BadInput, SetupFailed
@@ -144,25 +144,6 @@ def served_name(model: str) -> str:
     """What ``trtllm-serve`` calls ``model`` in its answers: a folder's own name, or all of it."""
     path = Path(model)
     return path.name if path.is_dir() else model
-
-
-def group_devices(num_ranks: int, num_devices: int, environ: Mapping[str, str]) -> list[str]:
-    """A GPU for every rank, in the names that ``CUDA_VISIBLE_DEVICES`` uses.
-
-    Args:
-        num_devices: GPUs that this process sees.
-
-    Raises:
-        ValueError: there are fewer GPUs than ranks.
-    """
-    if num_devices < num_ranks:
-        raise ValueError(
-            f"dwdp_size is {num_ranks}, and {num_devices} GPU(s) are visible here: every rank needs one of "
-            "its own. Use fewer ranks, or start them on several nodes with srun or mpirun."
-        )
-    visible = environ.get("CUDA_VISIBLE_DEVICES")
-    names = list(map(str, range(num_devices))) if visible is None else visible.split(",")
-    return names[:num_ranks]
 
 
 def _own_command() -> list[str]:

@@ -24,7 +24,8 @@ from dwdp.engines.tensorrt_llm.expert_tensors import (
 )
 from dwdp.engines.tensorrt_llm.formats import MoEModule
 from dwdp.fabric.base import Fabric
-from dwdp.group import Group, GroupError
+from dwdp.group import Group
+from dwdp.rendezvous import GroupError
 from dwdp.runtime import DwdpRuntime
 from dwdp.weights import ExpertWeights, LayerSpec
 
