@@ -52,7 +52,9 @@ SRUN = {
 
 @pytest.fixture(autouse=True)
 def not_prepared_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not imported TensorRT-LLM, and MPI with it, whatever ran here before."""
     monkeypatch.setattr(launch, "_prepared", None)
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
 
 
 def prepared(environ: dict[str, str], argv: list[str] | None = None) -> dict[str, str]:

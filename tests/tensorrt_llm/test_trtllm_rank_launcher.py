@@ -115,7 +115,11 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.timeout(400)
-def test_a_group_of_two_from_its_start_to_its_end(start: Callable[..., Group]) -> None:
+def test_a_group_of_two_from_its_start_to_its_end(
+    start: Callable[..., Group], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Importing TensorRT-LLM sets it, if another test did.
+    monkeypatch.delenv("OMPI_MCA_coll_ucc_enable", raising=False)
     group = start(*OPTIONS, CUDA_VISIBLE_DEVICES="4,6,7")
     url = group.url
 
