@@ -287,7 +287,7 @@ def field(default: Any, *, description: str, status: str) -> Any:
 
 def patched(model: type[BaseModel], monkeypatch: pytest.MonkeyPatch) -> Any:
     """``model`` in the place of TensorRT-LLM's class."""
-    monkeypatch.setattr(arguments, "_log", lambda message: None)
+    monkeypatch.setattr(arguments.log, "info", lambda message: None)
     arguments.patch(SimpleNamespace(TorchLlmArgs=model, Field=field))
     return model
 

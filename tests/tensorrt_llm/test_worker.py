@@ -21,7 +21,7 @@ from dwdp.engines.tensorrt_llm.launch import DWDP_PREPARED
 from dwdp.engines.tensorrt_llm.worker import WorkerSession
 from dwdp.rendezvous import GroupError, serve_store
 
-NUM_EXPERTS, NUM_RANKS, TIMEOUT_S = 6, 2, 60
+NUM_EXPERTS, NUM_RANKS, TIMEOUT_S = 6, 2, 300
 
 
 class Arguments(SimpleNamespace):
@@ -31,7 +31,7 @@ class Arguments(SimpleNamespace):
 def arguments(rank: int, store: Any, **changes: Any) -> Arguments:
     settings: dict[str, Any] = {
         "parallel": "dwdp",
-        "dwdp_config": {"dwdp_size": NUM_RANKS, "fetch_mode": "staged", "setup_timeout_s": 30.0},
+        "dwdp_config": {"dwdp_size": NUM_RANKS, "fetch_mode": "staged", "setup_timeout_s": 300.0},
         "env_overrides": {
             "DWDP_RANK": str(rank),
             "DWDP_WORLD_SIZE": str(NUM_RANKS),
