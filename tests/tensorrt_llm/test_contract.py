@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
 
 from dwdp.engines.tensorrt_llm import contract
-from dwdp.engines.tensorrt_llm.contract import SYMBOLS, TESTED_VERSION, check, has_shape
+from dwdp.engines.tensorrt_llm.contract import (
+    SYMBOLS,
+    TESTED_VERSION,
+    check,
+    has_shape,
+    satisfies,
+)
 from dwdp.engines.tensorrt_llm.contract_reader import (
     SourceError,
     Surface,
@@ -16,6 +23,7 @@ from dwdp.engines.tensorrt_llm.contract_reader import (
     read_surface,
     read_version,
 )
+from dwdp.engines.tensorrt_llm.contract_readings import ERAS, FITS, NEWER, NOT_READ, OLDER, Era
 from dwdp.engines.tensorrt_llm.doctor import examine
 from dwdp.engines.tensorrt_llm.patches import PATCHES, watched_modules
 
@@ -47,7 +55,11 @@ def test_the_recording_has_what_the_contract_wants_and_nothing_else() -> None:
 
 
 def test_no_symbol_is_listed_twice() -> None:
-    names = [(symbol.module, symbol.attribute) for symbol in SYMBOLS]
+    names = [
+        (symbol.module, name)
+        for symbol in SYMBOLS
+        for name in (symbol.attribute, *symbol.later_names)
+    ]
     assert len(set(names)) == len(names)
 
 
@@ -83,6 +95,60 @@ def test_a_dwdp_of_its_own_is_recognised() -> None:
     module, attribute = contract.OWN_DWDP
     verdict = check(changed(module, attribute, "member"))
     assert verdict.fits and verdict.has_own_dwdp
+
+
+def test_a_later_name_serves_as_well() -> None:
+    surface = changed("llmapi.llm_args", "TorchLlmArgs.enable_sleep", None)
+    surface.modules["llmapi.llm_args"]["TorchLlmArgs.sleep_config"] = "member"
+    assert check(surface).fits
+    surface.modules["llmapi.llm_args"]["TorchLlmArgs.sleep_config"] = "(self)"
+    [problem] = check(surface).problems
+    assert str(problem) == "tensorrt_llm.llmapi.llm_args.TorchLlmArgs.enable_sleep is missing"
+
+
+def found_in(era: Era) -> Surface:
+    """The signatures that were found in the files that were read."""
+    return Surface.from_json((RECORDED / f"{era.name}.json").read_text())
+
+
+@pytest.mark.parametrize("era", ERAS, ids=lambda era: era.name)
+def test_every_line_of_the_contract_is_marked_by_what_was_found(era: Era) -> None:
+    modules = found_in(era).modules
+    for symbol in SYMBOLS:
+        mark = era.mark(symbol)
+        name = f"{symbol.module}.{symbol.attribute}"
+        if mark == NOT_READ:
+            assert symbol.attribute not in modules.get(symbol.module, {}), name
+            continue
+        found = modules[symbol.module]
+        assert (mark == FITS) is satisfies(found, symbol), name
+        assert mark == FITS or mark.startswith(found.get(symbol.attribute, "missing: ")), name
+
+
+@pytest.mark.parametrize("era", ERAS, ids=lambda era: era.name)
+def test_a_reading_is_of_a_module_and_of_symbols_of_the_contract(era: Era) -> None:
+    assert sorted(reading.module for reading in era.readings) == sorted(found_in(era).modules)
+    for reading in era.readings:
+        assert re.fullmatch("[0-9a-f]{40}", reading.commit)
+        listed = {symbol.attribute for symbol in SYMBOLS if symbol.module == reading.module}
+        assert listed >= {*reading.moved, *reading.not_read}
+
+
+@pytest.mark.parametrize("era", ERAS, ids=lambda era: era.name)
+def test_a_summary_counts_what_was_read(era: Era) -> None:
+    marks = [era.mark(symbol) for symbol in SYMBOLS]
+    num_read = len([mark for mark in marks if mark != NOT_READ])
+    assert f"{num_read} of {len(SYMBOLS)} symbols were read" in era.summary()
+    assert f"{marks.count(FITS)} of them fit" in era.summary()
+
+
+def test_what_was_read_of_other_versions_does_not_fit() -> None:
+    older, newer = check(found_in(OLDER)), check(found_in(NEWER))
+    assert not older.has_own_dwdp and newer.has_own_dwdp
+    for verdict in (older, newer):
+        named = [str(problem) for problem in verdict.problems]
+        assert "tensorrt_llm.commands.serve.launch_grpc_server is missing" in named
+    assert not any("enable_sleep" in str(problem) for problem in newer.problems)
 
 
 @pytest.mark.parametrize(

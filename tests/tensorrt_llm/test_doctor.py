@@ -10,7 +10,8 @@ import pytest
 
 from dwdp._version import __version__
 from dwdp.cli.main import run
-from dwdp.engines.tensorrt_llm.contract import SYMBOLS
+from dwdp.engines.tensorrt_llm.contract import SYMBOLS, TESTED_VERSION
+from dwdp.engines.tensorrt_llm.contract_readings import ERAS
 
 
 @pytest.fixture
@@ -49,6 +50,11 @@ def test_a_tensorrt_llm_that_does_not_fit(
     assert "TorchLlmArgs.load_format is missing" not in out
     assert "It has a DWDP of its own" in out
     assert f"dwdp does not fit: {len(SYMBOLS) - 2} symbols moved" in out
+    for start, era in zip(
+        (f"Before {TESTED_VERSION}", f"After {TESTED_VERSION}"), ERAS, strict=True
+    ):
+        assert era.summary() in out.splitlines()
+        assert era.summary().startswith(start)
     assert json.loads(record.read_text())["modules"]["llmapi.llm_args"] == {
         "TorchLlmArgs": "class",
         "TorchLlmArgs.dwdp_config": "member",
@@ -83,4 +89,5 @@ def test_the_tensorrt_llm_of_these_tests_fits(capsys: pytest.CaptureFixture[str]
     assert run(["doctor", "--trtllm"]) == 0
     out = capsys.readouterr().out
     assert "moved" not in out
+    assert f"Before {TESTED_VERSION}" not in out
     assert "dwdp fits" in out.splitlines()[-1]

@@ -113,6 +113,7 @@ REFUSED: dict[str, Any] = {
     "moe_config.backend": "WIDEEP",
     "lora_config": {"lora_target_modules": ["attn_q", "moe_gate"]},
     "enable_sleep": True,
+    "sleep_config": {"restore_modes": {}},
     "orchestrator_type": "ray",
     "ray_worker_extension_cls": "module.Class",
     "ray_placement_config": {"placement_groups": []},

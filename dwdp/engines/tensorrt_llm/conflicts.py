@@ -35,6 +35,7 @@ def _is_expert_lora(config: Any) -> bool:
 
 
 _WHOLE_MODEL = "every rank computes the whole model on one GPU; leave it at 1"
+_SLEEP = "a sleeping rank would take away memory that its peers read"
 _RAY = "ranks are processes that MPI or dwdp starts; leave Ray out"
 
 CONFLICTS = (
@@ -71,7 +72,8 @@ CONFLICTS = (
         "adapters of experts are not supported; name lora_target_modules outside the experts (not "
         f"{', '.join(sorted(_EXPERT_LORA_MODULES))})",
     ),
-    Conflict("enable_sleep", bool, "a sleeping rank would take away memory that its peers read"),
+    Conflict("enable_sleep", bool, _SLEEP),
+    Conflict("sleep_config", lambda _: True, _SLEEP),
     Conflict("orchestrator_type", lambda name: name == "ray", _RAY),
     Conflict("ray_worker_extension_cls", lambda _: True, _RAY),
     Conflict("ray_placement_config", lambda _: True, _RAY),

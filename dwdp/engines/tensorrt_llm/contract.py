@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ __all__ = [
     "Symbol",
     "Verdict",
     "check",
+    "satisfies",
     "wanted",
 ]
 
@@ -79,7 +81,12 @@ class Verdict:
 
 def wanted() -> list[tuple[str, str]]:
     """Pairs of module and attribute to look for in the sources."""
-    return [(symbol.module, symbol.attribute) for symbol in SYMBOLS] + [OWN_DWDP]
+    names = [
+        (symbol.module, name)
+        for symbol in SYMBOLS
+        for name in (symbol.attribute, *symbol.later_names)
+    ]
+    return [*names, OWN_DWDP]
 
 
 def check(surface: Surface) -> Verdict:
@@ -89,11 +96,17 @@ def check(surface: Surface) -> Verdict:
         found = surface.modules.get(symbol.module)
         if found is None:
             problems.append(Problem(symbol, None, module_is_there=False))
-        elif not has_shape(found.get(symbol.attribute), symbol.shape):
+        elif not satisfies(found, symbol):
             problems.append(Problem(symbol, found.get(symbol.attribute)))
     module, attribute = OWN_DWDP
     has_own_dwdp = attribute in surface.modules.get(module, {})
     return Verdict(surface.version, tuple(problems), has_own_dwdp)
+
+
+def satisfies(found: Mapping[str, str], symbol: Symbol) -> bool:
+    """Whether the shapes that a module was found to have, by attribute, are what ``symbol`` wants."""
+    names = (symbol.attribute, *symbol.later_names)
+    return any(has_shape(found.get(name), symbol.shape) for name in names)
 
 
 def has_shape(found: str | None, shape: str) -> bool:

@@ -1,11 +1,7 @@
 """The contract's lines. :mod:`dwdp.engines.tensorrt_llm.contract` says how they are compared.
 
-Every line was read in 1.3.0rc3, and the tests run with it. No other version was read as a whole: there the
-comparison decides, by names and signatures. What is known of others, from parts of their sources:
-
-- before 1.3: no ``launch_grpc_server``, so they are refused;
-- later release candidates with a DWDP of their own (``dwdp_config``): ``sleep_config`` in place of
-  ``enable_sleep``, so they are refused until dwdp knows how to tell what it would conflict with.
+Every line was read in 1.3.0rc3, and the tests run with it. How each fits other versions, as far as their
+sources were read, is in :mod:`dwdp.engines.tensorrt_llm.contract_readings`.
 """
 
 from __future__ import annotations
@@ -27,12 +23,14 @@ class Symbol:
         shape: a signature (``...`` for parameters that do not matter, ``=`` for those that need a default),
             ``class``, ``member``, ``global`` or ``absent``. `` of Class`` says which class defines a member.
         why: what dwdp does with it.
+        later_names: what other versions call it, where any of the names serves dwdp as well.
     """
 
     module: str
     attribute: str
     shape: str
     why: str
+    later_names: tuple[str, ...] = ()
 
 
 def _members(module: str, owner: str, names: str, why: str) -> tuple[Symbol, ...]:
@@ -101,9 +99,16 @@ _ARGUMENTS = (
         "backend tensor_parallel_size pipeline_parallel_size context_parallel_size "
         "moe_tensor_parallel_size moe_expert_parallel_size moe_cluster_parallel_size "
         "enable_attention_dp enable_lm_head_tp_in_adp moe_config enable_lora lora_config "
-        "enable_sleep orchestrator_type ray_worker_extension_cls ray_placement_config "
+        "orchestrator_type ray_worker_extension_cls ray_placement_config "
         "torch_compile_config enable_min_latency mm_encoder_only load_format",
         "refused where it conflicts with DWDP",
+    ),
+    Symbol(
+        "llmapi.llm_args",
+        "TorchLlmArgs.enable_sleep",
+        "member",
+        "refused: peers read a sleeping rank's memory",
+        ("TorchLlmArgs.sleep_config",),
     ),
     *_members(
         "llmapi.llm_args",

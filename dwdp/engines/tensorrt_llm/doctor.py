@@ -9,6 +9,7 @@ from pathlib import Path
 from dwdp.engines.tensorrt_llm import contract
 from dwdp.engines.tensorrt_llm.contract import Verdict
 from dwdp.engines.tensorrt_llm.contract_reader import Surface, find_source, read_surface
+from dwdp.engines.tensorrt_llm.contract_readings import ERAS
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ def examine(path: Path | None = None) -> Examination:
 
 
 def describe(examination: Examination) -> list[str]:
-    """Lines of text: one per module, one per symbol that moved, and the conclusion."""
+    """Lines of text: one per module, one per symbol that moved, and the conclusion.
+
+    For a version that is not the tested one, also what is known of those before and after it.
+    """
     verdict = examination.verdict
     lines = [f"TensorRT-LLM {verdict.version} in {examination.source}"]
     totals = Counter(symbol.module for symbol in contract.SYMBOLS)
@@ -59,6 +63,8 @@ def describe(examination: Examination) -> list[str]:
             "It has a DWDP of its own: dwdp_config keeps its meaning there, and dwdp is used where "
             'parallel="dwdp" asks for it.'
         )
+    if not verdict.is_tested:
+        lines += [era.summary() for era in ERAS]
     return [*lines, _conclusion(verdict)]
 
 
