@@ -58,7 +58,7 @@ class _Section(BaseModel):
 class Point(_Section):
     """One deployment, one dataset, and the loads that are put on it."""
 
-    name: str = ""
+    name: str = Field(default="", pattern=r"^(\w[\w.-]*)?$")
     system: Literal["dep", "dwdp"]
     group_size: int = Field(ge=1, le=72)
     num_groups: PositiveInt = 1
@@ -185,7 +185,7 @@ class Sweep(_Section):
         points: what is measured; each adds to the defaults, or overrides them.
     """
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     description: str
     mode: Mode
     table: Table
@@ -225,14 +225,15 @@ class Sweep(_Section):
             if key in entry and other not in entry:
                 merged.pop(other, None)  # the point's distribution, not the defaults'
         swept = [key for key in AXES if isinstance(merged.get(key), list)]
+        for key in swept:
+            if not merged[key]:
+                raise ValueError(f"points.{number}.{key}: an empty list makes no points")
         for values in itertools.product(*(merged[key] for key in swept)):
             chosen = dict(zip(swept, values, strict=True))
             try:
                 point = Point.model_validate({**merged, **chosen})
             except ValidationError as error:
-                problem = error.errors(include_url=False)[0]
-                key = ".".join(str(part) for part in problem["loc"])
-                raise ValueError(f"points.{number}.{key}: {problem['msg']}") from error
+                raise ValueError(f"points.{number}.{_problem(error)}") from error
             parts = [point.name] if point.name else []
             parts += [_label(key, value) for key, value in chosen.items()]
             if not parts:
@@ -281,7 +282,13 @@ def read_section(path: Path, kind: type[Any]) -> Any:
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        text = problem["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{path}: {key + ': ' if key else ''}{text}") from error
+        raise ValueError(f"{path}: {_problem(error)}") from error
+
+
+def _problem(error: ValidationError) -> str:
+    """What is wrong, with its key. A misspelt key is also a missing one: it is named as it is there."""
+    problems = error.errors(include_url=False)
+    problem = min(problems, key=lambda found: found["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in problem["loc"])
+    text = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {text}" if key else text

@@ -204,18 +204,30 @@ def _print_settings(console: Console, answer: Plan) -> None:
         table.add_row("fetch mode", mode)
         table.add_row("slots", str(answer.num_slots))
         table.add_row("slice", f"{answer.policy.slice_bytes >> 20} MiB")
-    prefill = answer.num_prefill_gpus
-    gpus = f"{prefill} for prefill"
-    if answer.dwdp_match is not None:
-        gpus += f", {answer.workload.num_gpus - prefill} for generation"
-    table.add_row("GPUs", gpus)
+    table.add_row("GPUs", _gpus_text(answer))
     console.print(table)
+
+
+def _gpus_text(answer: Plan) -> str:
+    from dwdp.perf.launch_files import job_of_plan
+
+    text = f"{answer.num_prefill_gpus} for prefill"
+    try:
+        generation = job_of_plan(answer).generation
+    except ValueError:
+        return text
+    text += f", {generation.num_gpus} for generation"
+    if generation.num_servers > 1:
+        text += f" (servers of {generation.gpus_per_server})"
+    left = answer.workload.num_gpus - answer.num_prefill_gpus - generation.num_gpus
+    return text + (f", {left} left over" if left else "")
 
 
 def _print_candidates(console: Console, answer: Plan) -> None:
     from rich.table import Table
 
-    table = Table("group", "experts per rank", title="Prefill, estimated; fastest first")
+    title = "Prefill, estimated; fastest first, the plan's in bold"
+    table = Table("group", "experts per rank", title=title)
     for name in ("GB per rank", "T_compute / T_prefetch", "tokens/s per GPU"):
         table.add_column(name, justify="right")
     table.add_column("sources")
@@ -224,7 +236,10 @@ def _print_candidates(console: Console, answer: Plan) -> None:
         # Of the rows with the host's memory as a further source, the fastest one shows what it would bring.
         key = (0 if candidate.from_host else candidate.group.size, candidate.from_host)
         fastest.setdefault(key, candidate)
-    for candidate in list(fastest.values())[:_SHOWN_CANDIDATES]:
+    shown = list(fastest.values())[:_SHOWN_CANDIDATES]
+    if answer.best is not None and answer.best not in shown:
+        shown.append(answer.best)
+    for candidate in sorted(shown, key=lambda c: -c.tokens_per_s):
         share = -(-answer.model.moe.num_experts // candidate.group.size)
         table.add_row(
             str(candidate.group.size),
@@ -233,8 +248,12 @@ def _print_candidates(console: Console, answer: Plan) -> None:
             f"{candidate.window_ratio:.2f}",
             f"{candidate.tokens_per_s:,.0f}",
             "peers + host*" if candidate.from_host else "peers",
+            style="bold" if candidate == answer.best else None,
         )
     console.print(table)
+    console.print(
+        "The plan takes the smallest group, and then the least memory, of what is at most 1 % slower."
+    )
     if any(candidate.from_host for candidate in answer.candidates):
         console.print("* What reading from host memory too would bring; it is not implemented.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,8 @@ def reproduce(json_path: Path | None, page_path: Path | None) -> None:
 
     from dwdp.perf.reproduce import reproduce as run
 
+    if page_path is not None and find_spec("matplotlib") is None:
+        raise ValueError("--page needs matplotlib, which is not installed (dwdp[plot]).")
     console = Console(stderr=True)
     with console.status("calibrating and simulating"):
         reproduction = run()

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from dwdp.perf.calibration import NOISE_CV
 from dwdp.perf.demand import LayerFetch
 from dwdp.perf.fetches import ALL_AT_ONCE, SERIAL_FIXED, FetchPolicy
 from dwdp.perf.hardware import Hardware
 from dwdp.perf.model import Model
-from dwdp.perf.roofline import Group, layer_fetch
+from dwdp.perf.operators import Batch
+from dwdp.perf.roofline import Group, layer_fetch, layer_time
 from dwdp.perf.serving import PrefillScenario, prefill_rate
-from dwdp.perf.workload import Lengths
+from dwdp.perf.workload import Lengths, rank_loads
 
 ISLS = (1024, 8192, 32768)
 LOAD_CVS = (0.0, 0.2)
 MAX_NUM_TOKENS = 8192
 NUM_STORED = 96
 DECODE_TOKENS = (1, 4, 16, 64, 256)
+DEMAND_SEQUENCES = (4, 16, 64)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Gain:
 def ideas(hardware: Hardware) -> tuple[Idea, ...]:
     """Every idea; the last ones build on one lane per source, as they do in this package."""
     link_gbs = hardware.link.gbs * hardware.achieved.link
-    host_share = hardware.host_link_gbs / (hardware.host_link_gbs + link_gbs)
+    host_share = hardware.host_gbs / (hardware.host_gbs + link_gbs)
     at_once = replace(ALL_AT_ONCE, wrap_around=False)
     return (
         Idea("one lane per source", at_once),
@@ -130,3 +134,42 @@ def decode_layers(model: Model, hardware: Hardware, ranks: int = 4) -> list[Deco
         )
         for tokens in DECODE_TOKENS
     ]
+
+
+@dataclass(frozen=True)
+class DemandGain:
+    """Generation steps/s with demand fetches over those with staged ones, in one situation.
+
+    Attributes:
+        num_sequences: per rank, on average.
+        context_tokens: of every sequence.
+        load_cv: variation of the number of sequences between ranks and steps.
+        gain: how many times as many steps.
+    """
+
+    num_sequences: int
+    context_tokens: int
+    load_cv: float
+    gain: float
+
+
+def demand_gains(model: Model, hardware: Hardware, ranks: int = 4) -> Iterator[DemandGain]:
+    """Demand over staged in generation, in closed form.
+
+    No rank waits for another one. A layer takes the longer of compute and fetch where all remote experts
+    are fetched ahead, and one after the other where the activated ones are fetched after routing.
+    """
+    group = Group(ranks)
+    fetch = layer_fetch(model, hardware, group)
+    layer = next(layer for layer in model.layers if layer.moe == model.moe)
+    for count in DEMAND_SEQUENCES:
+        for isl in ISLS:
+            for load_cv in LOAD_CVS:
+                loads = chain.from_iterable(rank_loads(load_cv, ranks, num_iterations=50))
+                staged_s, demand_s = 0.0, 0.0
+                for size, times in Counter(max(1, round(count * load)) for load in loads).items():
+                    batch = Batch.decode(size, isl)
+                    compute_s = layer_time(model, layer, hardware, batch, group).compute_s
+                    staged_s += times * max(compute_s, fetch.prefetch_s)
+                    demand_s += times * (compute_s + fetch.demand_exposed_s(size))
+                yield DemandGain(count, isl, load_cv, staged_s / demand_s)

@@ -83,14 +83,24 @@ def shares_of_breakdown(hardware: Hardware, model: Model) -> Achieved:
     )
 
 
+def loads_around_1(
+    load_cv: float, num_iterations: int, seed: int, skip: int = 0
+) -> list[list[float]]:
+    """Loads of the paper's ranks whose mean is exactly 1 in what is counted.
+
+    A column of table 3 is one iteration, not a sample of loads. The first ``skip`` are not counted.
+    """
+    loads = rank_loads(load_cv, GROUP.size, num_iterations, seed)
+    mean = fmean(load for rank in loads for load in rank[skip:])
+    return [[load / mean for load in rank] for rank in loads]
+
+
 def breakdown_run(hardware: Hardware, model: Model, policy: FetchPolicy, seed: int = 0) -> GroupRun:
     """The DWDP4 column's iteration, simulated."""
     work = rank_work(model, hardware, Batch.prefill([MEAN_LENGTH] * PROMPTS_PER_FORWARD), GROUP)
-    loads = rank_loads(LOAD_CV, GROUP.size, 5, seed)
-    # Exactly the mean load in what is counted: the column is one iteration, not a sample of loads.
-    mean = fmean(load for rank in loads for load in rank[1:])
+    loads = loads_around_1(LOAD_CV, 5, seed, skip=1)
     return simulate_group(
-        [[work.scaled(load / mean) for load in rank] for rank in loads],
+        [[work.scaled(load) for load in rank] for rank in loads],
         build_placement(model.moe.num_experts, GROUP.size),
         model.expert_bytes(model.moe),
         Interconnect.of(hardware),

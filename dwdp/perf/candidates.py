@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from dwdp.config import MAX_RANKS
 from dwdp.perf.hardware import Hardware
 from dwdp.perf.model import Model
-from dwdp.perf.operators import Batch
+from dwdp.perf.operators import Batch, Sequences
 from dwdp.perf.roofline import Group, IterationTime, iteration_time
 from dwdp.perf.workload import Lengths
 
@@ -54,6 +54,10 @@ class Workload:
         for name in ("osl", "max_num_tokens", "num_gpus"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: use at least 1.")
+        if not 0 <= self.load_cv <= 1:
+            raise ValueError(f"load_cv is {self.load_cv}: use 0 to 1.")
+        if not 0 < self.tps_per_user < math.inf:
+            raise ValueError(f"tps_per_user is {self.tps_per_user}: use a number above 0.")
         if self.max_num_tokens < self.isl:
             raise ValueError(
                 f"max_num_tokens is {self.max_num_tokens}: use at least the input length ({self.isl})."
@@ -67,8 +71,8 @@ class Workload:
     @property
     def batch(self) -> Batch:
         """A full prefill forward."""
-        mean = round(self.lengths.mean)
-        return Batch.prefill([mean] * max(1, self.max_num_tokens // mean))
+        mean = max(1, round(self.lengths.mean))
+        return Batch((Sequences(mean, times=max(1, self.max_num_tokens // mean)),))
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ def find_candidates(
 
 def _host_holds_experts(model: Model, hardware: Hardware) -> bool:
     # Two devices share a host where memory is given per device; both read the same copy.
-    fast = hardware.host_link_gbs >= 0.25 * hardware.link.gbs
+    fast = hardware.host_gbs >= 0.25 * hardware.link.gbs
     return fast and 2 * hardware.host_memory_gb * 1e9 >= model.all_expert_bytes
 
 
@@ -256,5 +260,5 @@ def _fetch_s(model: Model, hardware: Hardware, group: Group, from_host: bool) ->
     num_bytes = experts * model.expert_bytes(moe)
     rate = hardware.link.gbs * 1e9 * hardware.achieved.link
     if from_host:
-        rate += hardware.host_link_gbs * 1e9
+        rate += hardware.host_gbs * 1e9
     return num_bytes / rate

@@ -52,7 +52,7 @@ SERIAL_FIXED = FetchPolicy(order="fixed", num_lanes=1, slice_bytes=1 << 40, wrap
 """One pull at a time from the lowest peer up, and none before the forward starts: the paper's design."""
 
 SLICED_SERIAL = FetchPolicy(num_lanes=2, chunks_per_source=8, wrap_around=False)
-"""The paper's mitigation of contention: slices that alternate between sources, two in flight."""
+"""The paper's mitigation of contention, coarser: eighths of a share, in turn over two sources at a time."""
 
 
 class Chunk(NamedTuple):

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
     PositiveInt,
     ValidationError,
     field_validator,
@@ -31,6 +30,18 @@ _WIDER: dict[Datatype, Datatype] = {"fp4": "fp8", "fp8": "bf16", "bf16": "fp32"}
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values(cls, value: Any) -> Any:
+        # YAML reads yes, no, on and off as these; they are not the figures 1 and 0.
+        if isinstance(value, bool):
+            raise ValueError(f"{value} is not a figure")
+        return value
+
+
+Figure = Annotated[float, Field(ge=1e-6, le=1e9)]
+"""A rate or size: positive, and far from where arithmetic overflows."""
+
 
 class Link(_Section):
     """How a GPU reaches its peers' memory.
@@ -42,10 +53,10 @@ class Link(_Section):
         copy_setup_s: time from one copy's end to the next one's first byte on the same engine.
     """
 
-    gbs: PositiveFloat
+    gbs: Figure
     domain_size: PositiveInt
     copy_engines: PositiveInt = 1
-    copy_setup_s: float = Field(default=0.0, ge=0)
+    copy_setup_s: float = Field(default=0.0, ge=0, le=1)
 
 
 class Achieved(_Section):
@@ -70,10 +81,10 @@ class Achieved(_Section):
     memory: float = Field(default=1.0, gt=0, le=1)
     link: float = Field(default=1.0, gt=0, le=1)
     collective: float = Field(default=1.0, gt=0, le=1)
-    other_s_per_token_layer: float = Field(default=0.0, ge=0)
-    copy_slowdown: float = Field(default=1.0, ge=1)
+    other_s_per_token_layer: float = Field(default=0.0, ge=0, le=1)
+    copy_slowdown: float = Field(default=1.0, ge=1, le=100)
     generation: float = Field(default=1.0, gt=0, le=1)
-    step_overhead_s: float = Field(default=0.0, ge=0)
+    step_overhead_s: float = Field(default=0.0, ge=0, le=60)
     source: str = ""
 
 
@@ -90,6 +101,7 @@ class Hardware(_Section):
         link: see :class:`Link`.
         host_link_gbs: between host memory and the device, one direction.
         host_memory_gb: host memory per device.
+        host_memory_gbs: its bandwidth per device, where that is less than the link's; None: it is not.
         achieved: see :class:`Achieved`.
         sources: where the figures come from.
         assumed: keys whose value is neither from a datasheet nor measured.
@@ -98,12 +110,13 @@ class Hardware(_Section):
     name: str
     description: str
     device_names: tuple[str, ...] = ()
-    memory_gb: PositiveFloat
-    memory_gbs: PositiveFloat
-    peak_tflops: dict[Datatype, PositiveFloat] = Field(min_length=1)
+    memory_gb: Figure
+    memory_gbs: Figure
+    peak_tflops: dict[Datatype, Figure] = Field(min_length=1)
     link: Link
-    host_link_gbs: PositiveFloat
-    host_memory_gb: PositiveFloat
+    host_link_gbs: Figure
+    host_memory_gb: Figure
+    host_memory_gbs: Figure | None = None
     achieved: Achieved = Achieved()
     sources: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
@@ -115,6 +128,11 @@ class Hardware(_Section):
         if "bf16" not in value and "fp32" not in value:
             raise ValueError(f"has {', '.join(value)}, and needs bf16 or fp32")
         return value
+
+    @property
+    def host_gbs(self) -> float:
+        """What a device reads from host memory while all devices do: the slower of link and memory."""
+        return min(self.host_link_gbs, self.host_memory_gbs or self.host_link_gbs)
 
     @property
     def memory_bytes(self) -> float:
@@ -193,7 +211,9 @@ def _read(path: Path) -> Hardware:
     try:
         return Hardware.model_validate(content)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        # A misspelt key is also a missing one: name what is there rather than what is not.
+        problems = error.errors(include_url=False)
+        problem = min(problems, key=lambda found: found["type"] != "extra_forbidden")
         key = ".".join(str(part) for part in problem["loc"])
         text = problem["msg"].removeprefix("Value error, ")
         raise ValueError(f"{path}: {key}: {text}") from error

@@ -478,7 +478,7 @@ def _dtype(config: Config, text: Config) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond Python's limits
         raise ValueError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object.")

@@ -14,6 +14,7 @@ Symbols: t tokens of the step, H hidden size, and per sequence n new tokens afte
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,8 +55,9 @@ class Batch:
 
     @classmethod
     def prefill(cls, lengths: Iterable[int]) -> Batch:
-        """Whole prompts of these lengths."""
-        return cls(tuple(Sequences(length) for length in lengths))
+        """Whole prompts of these lengths, in any order."""
+        counts = Counter(lengths)
+        return cls(tuple(Sequences(length, times=counts[length]) for length in sorted(counts)))
 
     @classmethod
     def decode(cls, num_sequences: int, past: int) -> Batch:

@@ -6,9 +6,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dwdp.perf import paper
-from dwdp.perf.beyond import LOAD_CVS, MAX_NUM_TOKENS, Gain, decode_layers, ideas, prefill_gains
-from dwdp.perf.calibration import paper_model
+from dwdp.perf.beyond import (
+    DEMAND_SEQUENCES,
+    LOAD_CVS,
+    MAX_NUM_TOKENS,
+    Gain,
+    decode_layers,
+    demand_gains,
+    ideas,
+    prefill_gains,
+)
+from dwdp.perf.calibration import GROUP, paper_model
 from dwdp.perf.display import error_text, figure_text
+from dwdp.perf.hardware import load_hardware
 from dwdp.perf.plots import (
     plot_beyond,
     plot_breakdown,
@@ -24,11 +34,14 @@ from dwdp.perf.reproduce import (
     END_TO_END,
     SHARE,
     TABLE_1,
+    TABLE_1_COLLECTIVE,
+    TABLE_1_FORMATS,
     Reproduction,
     concurrency_gain,
     end_to_end_gain,
     prefill_shares,
 )
+from dwdp.perf.roofline import hiding_length, winning_batch, winning_length
 
 
 def write_page(reproduction: Reproduction, path: Path) -> None:
@@ -103,6 +116,17 @@ def _roofline(reproduction: Reproduction) -> Iterator[str]:
     yield from _cells(reproduction, TABLE_1)
     yield ""
     yield "![Both ratios over the input length](images/paper-roofline.svg)"
+    yield ""
+    model = paper_model().with_formats(**TABLE_1_FORMATS)
+    hardware = load_hardware("gb200").at_peak()
+    hidden = hiding_length(model, hardware, GROUP)
+    won = winning_length(model, hardware, GROUP, TABLE_1_COLLECTIVE)
+    count = winning_batch(model, hardware, GROUP, 1024, TABLE_1_COLLECTIVE)
+    yield (
+        f"Crossings under these assumptions: one prompt hides the fetch from {_count(hidden)} tokens on, and "
+        f"DWDP wins from {_count(won)} on; with prompts of 1024 tokens it wins from {_count(count)} per "
+        "forward on."
+    )
     yield ""
     yield "Eight cells do not fix all assumptions, but they rule some out. Worst cell under others:"
     yield ""
@@ -205,6 +229,28 @@ def _beyond(reproduction: Reproduction, gains: list[Gain]) -> Iterator[str]:
         ),
     )
     yield ""
+    yield (
+        "Steps of generation, demand over staged fetches, by sequences per rank (CV: of their number), with "
+        "contexts of ISL tokens and the roofline's time of attention. In closed form: no rank waits for "
+        "another, and contention between demand fetches is left out."
+    )
+    yield ""
+    demand = {
+        (gain.num_sequences, gain.context_tokens, gain.load_cv): gain.gain
+        for gain in demand_gains(paper_model(), hardware)
+    }
+    yield from _table(
+        ("sequences", *(f"ISL {isl // 1024}K, CV {cv:.0%}" for isl, cv in columns)),
+        (
+            (str(count), *(f"{demand[count, isl, cv]:.2f}" for isl, cv in columns))
+            for count in DEMAND_SEQUENCES
+        ),
+    )
+    yield ""
+
+
+def _count(value: int | None) -> str:
+    return "no number" if value is None else f"{value:,}"
 
 
 def _cells(reproduction: Reproduction, *results: str) -> Iterator[str]:

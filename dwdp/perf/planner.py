@@ -21,12 +21,12 @@ from dwdp.perf.candidates import (
     memory_of,
     num_slots_of,
 )
-from dwdp.perf.demand import crossover_tokens
+from dwdp.perf.demand import MAX_TOKENS, crossover_tokens
 from dwdp.perf.fetches import ALL_AT_ONCE, FetchPolicy
 from dwdp.perf.hardware import Hardware
 from dwdp.perf.model import Model
-from dwdp.perf.operators import Batch
-from dwdp.perf.roofline import Group, iteration_time, layer_fetch
+from dwdp.perf.operators import Batch, Sequences
+from dwdp.perf.roofline import Group, iteration_time, layer_fetch, smallest
 from dwdp.perf.serving import (
     Generation,
     PrefillRate,
@@ -221,12 +221,14 @@ def _tokens_to_hide(
     """Tokens per forward, in prompts of the mean length, from which T_compute >= T_prefetch."""
     if group.size == 1:
         return 0
-    mean = round(workload.lengths.mean)
-    for count in range(1, 65):
-        time = iteration_time(model, hardware, Batch.prefill([mean] * count), group)
-        if time.compute_to_prefetch >= 1:
-            return count * mean
-    return None
+    mean = max(1, round(workload.lengths.mean))
+
+    def hides(count: int) -> bool:
+        batch = Batch((Sequences(mean, times=count),))
+        return iteration_time(model, hardware, batch, group).compute_to_prefetch >= 1
+
+    count = smallest(range(1, max(1, MAX_TOKENS // mean) + 1), hides)
+    return None if count is None else count * mean
 
 
 def _verdict(answer: Plan) -> Verdict:
@@ -238,6 +240,15 @@ def _verdict(answer: Plan) -> Verdict:
     if gain >= 1 + WORTH_IT:
         return "yes"
     return "no" if gain <= 1 - WORTH_IT else "no difference"
+
+
+def _leaves_generation(answer: Plan) -> bool:
+    """Whether the GPUs beside prefill have room for a sequence, and are fast enough for its user."""
+    num_gpus = answer.workload.num_gpus - answer.num_prefill_gpus
+    if not num_gpus:
+        return False
+    generation = generation_of(answer.model, answer.hardware, answer.workload)
+    return replace(generation, num_gpus=num_gpus).sequences_at(answer.workload.tps_per_user) > 0
 
 
 def _reasons(answer: Plan) -> Iterator[str]:
@@ -264,13 +275,18 @@ def _reasons(answer: Plan) -> Iterator[str]:
     if slowdown > 1:
         yield f"Compute is {slowdown:.2f} times slower beside copies, which the figures include."
     if answer.prefill_tokens_to_hide is None:
-        yield "No number of prompts per forward hides the fetch."
+        yield "No number of prompts per forward that a rank could hold hides the fetch."
     elif answer.prefill_tokens_to_hide > answer.workload.max_num_tokens:
         yield f"Forwards of {answer.prefill_tokens_to_hide} tokens or more would hide the fetch."
     if answer.dwdp_match is None:
         yield (
             f"Generation cannot give {answer.workload.tps_per_user:g} tokens/s to a user here; the verdict "
             "is on prefill alone."
+        )
+    elif not _leaves_generation(answer):
+        yield (
+            f"{answer.workload.num_gpus} GPUs are too few: {answer.num_prefill_gpus} of them prefill, and "
+            "the rest cannot generate. The gain in output TPS/GPU is that of a larger deployment."
         )
     else:
         yield (

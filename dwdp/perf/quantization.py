@@ -64,17 +64,31 @@ def _ignored(quantization: Mapping[str, Any]) -> Iterator[str]:
         listed = quantization.get(key) or ()
         if not isinstance(listed, list | tuple):
             raise ValueError(f"quantization_config.{key}: {listed!r} is not a list.")
-        yield from (str(pattern) for pattern in listed if pattern)
+        for pattern in map(str, filter(None, listed)):
+            if pattern.startswith("re:"):
+                try:
+                    re.compile(pattern[3:])
+                except re.error as error:
+                    raise ValueError(f"quantization_config.{key}: {pattern!r}: {error}.") from error
+            yield pattern
 
 
 def kv_cache_bytes_of(quantization: Mapping[str, Any]) -> float:
-    """Bytes of one KV-cache element."""
+    """Bytes of one KV-cache element.
+
+    Raises:
+        ValueError: a number of bits that no cache has.
+    """
     scheme = quantization.get("kv_cache_quant_algo") or quantization.get("kv_cache_scheme")
     if not scheme:
         return 2.0
     bits = scheme.get("num_bits", 8) if isinstance(scheme, Mapping) else 8
     if isinstance(scheme, str) and "4" in scheme:
         bits = 4
+    if isinstance(bits, bool) or bits not in (4, 8, 16, 32):
+        raise ValueError(
+            f"quantization_config.kv_cache_scheme.num_bits: {bits!r} is none of 4, 8, 16, 32."
+        )
     return float(bits) / 8
 
 
@@ -115,7 +129,8 @@ def _compressed_tensors(quantization: Mapping[str, Any]) -> WeightFormat:
     groups = quantization.get("config_groups")
     weights = None
     if isinstance(groups, Mapping) and groups:
-        weights = next(iter(groups.values())).get("weights")
+        group = next(iter(groups.values()))
+        weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         raise ValueError("quantization_config.config_groups: no group says how weights are stored.")
     bits, kind = weights.get("num_bits"), weights.get("type")

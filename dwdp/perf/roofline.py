@@ -25,7 +25,7 @@ that is ``dwdp/perf/simulator.py``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -268,20 +268,19 @@ def layer_time(
     )
 
 
-def smallest(values: Iterable[int], holds: Callable[[int], bool]) -> int | None:
+def smallest(values: Sequence[int], holds: Callable[[int], bool]) -> int | None:
     """The first of ``values`` (ascending) for which ``holds``, by bisection; None if for none.
 
     ``holds`` must not become false again once it is true.
     """
-    candidates = list(values)
-    low, high = 0, len(candidates)
+    low, high = 0, len(values)
     while low < high:
         middle = (low + high) // 2
-        if holds(candidates[middle]):
+        if holds(values[middle]):
             high = middle
         else:
             low = middle + 1
-    return candidates[low] if low < len(candidates) else None
+    return values[low] if low < len(values) else None
 
 
 def hiding_length(

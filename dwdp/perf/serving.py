@@ -12,6 +12,7 @@ all generation GPUs. Sending the KV cache from one to the other is left out: it 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ from dwdp.perf.workload import Lengths, Request, packed_batches, rank_loads
 from dwdp.placement import build_placement
 
 Strategy = Literal["dwdp", "dep"]
+
+MAX_SEQUENCES_PER_GPU = 1 << 16
+"""More than any scheduler holds; where sequences leave next to nothing in a cache, memory sets no limit."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,10 @@ class Generation:
         """How many sequences' KV caches fit beside the weights, with a tenth of the memory to spare."""
         weights = self.model.dense_bytes + self.model.all_expert_bytes / self.num_gpus
         free = 0.9 * self.hardware.memory_bytes - weights
-        return max(0, int(free / (self.model.kv_bytes_per_token() * self.context_tokens)))
+        per_sequence = self.model.kv_bytes_per_token() * self.context_tokens
+        if free < per_sequence:
+            return 0
+        return int(min(MAX_SEQUENCES_PER_GPU, free / max(1.0, per_sequence)))
 
     def sequences_at(self, tps_per_user: float) -> int:
         """The most sequences per GPU that fit and still get ``tps_per_user``; 0 if not even one does."""
@@ -302,17 +309,24 @@ class ServingResult:
 
     def ttft_percentile_s(self, percent: float) -> float:
         """The ``percent``-th percentile of the time to first token (nearest rank)."""
-        return self.ttft_s[min(len(self.ttft_s) - 1, int(len(self.ttft_s) * percent / 100))]
+        return self.ttft_s[max(0, math.ceil(len(self.ttft_s) * percent / 100) - 1)]
 
 
 def serve(deployment: Deployment, requests: Sequence[Request]) -> ServingResult:
     """Serve ``requests`` (by arrival) to the end.
 
     Raises:
-        ValueError: no requests, or prefill ranks that do not make whole groups under DEP.
+        ValueError: no requests, prefill ranks that do not make whole groups under DEP, or generation GPUs
+            without room for a single sequence.
     """
     if not requests:
         raise ValueError("There are no requests to serve.")
+    generation = deployment.generation
+    if not generation.max_sequences_per_gpu():
+        raise ValueError(
+            f"{generation.num_gpus} generation GPUs have no memory for {generation.model.name} and a "
+            f"sequence of {generation.context_tokens} tokens: use more GPUs."
+        )
     per_server = deployment.group_size if deployment.strategy == "dep" else 1
     if deployment.num_prefill_ranks < per_server or deployment.num_prefill_ranks % per_server:
         raise ValueError(

@@ -53,7 +53,7 @@ class Interconnect:
         """As a hardware description has it."""
         return cls(
             hardware.link.gbs * 1e9 * hardware.achieved.link,
-            hardware.host_link_gbs * 1e9,
+            hardware.host_gbs * 1e9,
             hardware.link.copy_setup_s,
             hardware.achieved.copy_slowdown,
         )
@@ -350,8 +350,9 @@ class _Simulation:
         finished = self.transfers.on_event(self.now, key, version)
         for piece in finished:
             self._span(piece.reader, piece.label, piece.label, piece.started_s)
-        if finished and not self.transfers.is_fetching(finished[0].reader):
-            self._finish_fetch(self.ranks[finished[0].reader])
+        for reader in dict.fromkeys(piece.reader for piece in finished):
+            if not self.transfers.is_fetching(reader):
+                self._finish_fetch(self.ranks[reader])
 
     def _finish_fetch(self, rank: _Rank) -> None:
         self._advance_compute(rank)

@@ -19,6 +19,9 @@ from dwdp.perf.links import Port, max_min_rates
 Schedule = Callable[[float, int, int], None]
 """Takes the time of an event, the key and the version of what ends then."""
 
+_SHARE_LINKS, _ARRIVAL = 0, 1
+"""Keys of :class:`BundledTransfers`' events."""
+
 
 class Finished(NamedTuple):
     """A piece (or several equal ones) that arrived."""
@@ -165,17 +168,44 @@ class FairTransfers:
         self._schedule(now_s + copy.bytes_left / rate, key, copy.version)
 
 
+class _Stage(NamedTuple):
+    """A fetch from the arrival of its pieces of one size to that of the next larger ones.
+
+    Attributes:
+        num_bytes: of each piece in this stage.
+        sources: 1 for every source that is still read, else 0.
+        share: of the reader's port that each piece gets.
+        label: of the pieces that arrive at its end.
+    """
+
+    num_bytes: float
+    sources: np.ndarray
+    share: float
+    label: str
+
+
+def _stages(chunks: Sequence[Chunk], num_ranks: int) -> tuple[_Stage, ...]:
+    by_bytes: dict[float, list[int]] = {}
+    for chunk in chunks:
+        by_bytes.setdefault(chunk.num_bytes, []).append(chunk.source)
+    stages, before = [], 0.0
+    sources = np.zeros(num_ranks)
+    sources[[chunk.source for chunk in chunks]] = 1.0
+    for num_bytes, arriving in sorted(by_bytes.items()):
+        label = _label(arriving[0]) if len(arriving) == 1 else f"from {len(arriving)} peers"
+        stages.append(_Stage(num_bytes - before, sources.copy(), 1 / float(sources.sum()), label))
+        sources[arriving] = 0.0
+        before = num_bytes
+    return tuple(stages)
+
+
 @dataclass
 class _Bundle:
-    """The pieces of one reader's fetch that are still under way, by size."""
+    """A fetch that is under way."""
 
-    sources_by_bytes: list[tuple[float, list[int]]]  # largest first
-    bytes_done: float
+    stages: tuple[_Stage, ...]
     started_s: float
-    updated_s: float
-    load: np.ndarray
-    rate: float = 0.0
-    version: int = 0
+    stage: int = 0
 
 
 class BundledTransfers:
@@ -184,6 +214,9 @@ class BundledTransfers:
     Each reader shares its own port evenly among its pieces. Where a source is asked for more than its
     port carries, all pieces of the readers that use it slow down by as much. As long as no source is
     overloaded that is max-min fair; where one is, it is an approximation (a few percent).
+
+    Only the next arrival is announced, for all readers together, and links are shared once after all
+    that happens at one time: ranks that run in step cost no more than one.
     """
 
     def __init__(
@@ -197,64 +230,80 @@ class BundledTransfers:
         self._setup_s_per_byte = setup_s_per_byte
         self._schedule = schedule
         self._bundles: dict[int, _Bundle] = {}
-        self._load = np.zeros(num_ranks)
-        self._contended = False
+        self._stages: dict[int, tuple[Sequence[Chunk], tuple[_Stage, ...]]] = {}
+        self._version = 0
+        self._updated_s = 0.0
+        # Per reader: one piece's share of its port, bytes of it that are left, its rate.
+        self._share = np.zeros(num_ranks)
+        self._bytes_left = np.full(num_ranks, np.inf)
+        self._rate = np.zeros(num_ranks)
+        self._reads = np.zeros((num_ranks, num_ranks))  # [reader, source]: 1 or 0
 
     def is_fetching(self, reader: int) -> bool:
         return reader in self._bundles
 
     def start(self, now_s: float, reader: int, chunks: Sequence[Chunk]) -> None:
-        by_bytes: dict[float, list[int]] = {}
-        for chunk in chunks:
-            by_bytes.setdefault(chunk.num_bytes, []).append(chunk.source)
-        bundle = _Bundle(
-            sorted(by_bytes.items(), reverse=True), 0.0, now_s, now_s, np.zeros(len(self._load))
-        )
-        self._bundles[reader] = bundle
-        self._set_load(bundle)
-        self._share_links(now_s, reader)
+        known = self._stages.get(reader)
+        if known is None or known[0] is not chunks:  # fetches of a reader are alike
+            known = self._stages[reader] = (chunks, _stages(chunks, len(self._share)))
+        self._advance(now_s)
+        self._bundles[reader] = _Bundle(known[1], now_s)
+        self._begin(reader, known[1][0])
+        self._announce(now_s, _SHARE_LINKS)
 
     def on_event(self, now_s: float, key: int, version: int) -> list[Finished]:
-        bundle = self._bundles.get(key)
-        if bundle is None or bundle.version != version:
+        if version != self._version:
             return []
-        num_bytes, sources = bundle.sources_by_bytes.pop()
-        bundle.bytes_done, bundle.updated_s = num_bytes, now_s
-        self._set_load(bundle)
-        if not bundle.sources_by_bytes:
-            del self._bundles[key]
-        self._share_links(now_s, key)
-        label = _label(sources[0]) if len(sources) == 1 else f"from {len(sources)} peers"
-        return [Finished(key, label, bundle.started_s)]
+        if key == _SHARE_LINKS:
+            self._share_links(now_s)
+            return []
+        self._advance(now_s)
+        # What is within rounding of its end has arrived: equal pieces end together.
+        rounding_s = 1e-12 * max(1.0, now_s)
+        arrived = np.flatnonzero(self._bytes_left <= self._rate * rounding_s)
+        finished = [self._end_stage(reader) for reader in arrived.tolist()]
+        self._announce(now_s, _SHARE_LINKS)
+        return finished
 
-    def _set_load(self, bundle: _Bundle) -> None:
-        """What the bundle asks of each source, as a share of a port."""
-        self._load -= bundle.load
-        bundle.load = np.zeros(len(self._load))
-        sources = [source for _, group in bundle.sources_by_bytes for source in group]
-        if sources:
-            bundle.load[sources] = 1 / len(sources)
-        self._load += bundle.load
-
-    def _share_links(self, now_s: float, reader: int) -> None:
-        was_contended, self._contended = self._contended, float(self._load.max()) > 1 + 1e-9
-        if not (was_contended or self._contended):
-            if reader in self._bundles:
-                self._set_rate(now_s, reader)
-            return
-        for other in self._bundles:
-            self._set_rate(now_s, other)
-
-    def _set_rate(self, now_s: float, reader: int) -> None:
+    def _end_stage(self, reader: int) -> Finished:
         bundle = self._bundles[reader]
-        share = float(bundle.load.max())  # of the reader's port, one piece
-        worst = max(1.0, float(self._load[bundle.load > 0].max())) if self._contended else 1.0
-        rate = 1 / (worst / (share * self._capacity) + self._setup_s_per_byte)
-        bundle.bytes_done += bundle.rate * (now_s - bundle.updated_s)
-        bundle.rate, bundle.updated_s = rate, now_s
-        bundle.version += 1
-        left = max(0.0, bundle.sources_by_bytes[-1][0] - bundle.bytes_done)
-        self._schedule(now_s + left / rate, reader, bundle.version)
+        label = bundle.stages[bundle.stage].label
+        bundle.stage += 1
+        if bundle.stage < len(bundle.stages):
+            self._begin(reader, bundle.stages[bundle.stage])
+        else:
+            del self._bundles[reader]
+            self._bytes_left[reader], self._share[reader] = np.inf, 0.0
+            self._rate[reader] = 0.0
+            self._reads[reader] = 0.0
+        return Finished(reader, label, bundle.started_s)
+
+    def _begin(self, reader: int, stage: _Stage) -> None:
+        self._bytes_left[reader], self._share[reader] = stage.num_bytes, stage.share
+        self._rate[reader] = 0.0  # until links are shared
+        self._reads[reader] = stage.sources
+
+    def _advance(self, now_s: float) -> None:
+        """Book what was copied since the last time."""
+        self._bytes_left -= self._rate * (now_s - self._updated_s)
+        self._updated_s = now_s
+
+    def _share_links(self, now_s: float) -> None:
+        """Give every piece its rate, and announce the next arrival."""
+        self._advance(now_s)
+        link_rate = self._share * self._capacity
+        load = self._share @ self._reads  # of every source, as a share of its port
+        if load.max() > 1 + 1e-9:
+            link_rate /= np.maximum(1.0, (self._reads * load).max(axis=1))
+        self._rate = link_rate / (1 + link_rate * self._setup_s_per_byte)
+        if self._bundles:
+            left_s = float((self._bytes_left / self._rate).min())  # infinite for who reads nothing
+            self._announce(now_s + max(0.0, left_s), _ARRIVAL)
+
+    def _announce(self, time_s: float, key: int) -> None:
+        """The next event; whatever was announced before is outdated."""
+        self._version += 1
+        self._schedule(time_s, key, self._version)
 
 
 def _label(source: int) -> str:

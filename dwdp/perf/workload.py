@@ -12,6 +12,9 @@ from typing import NamedTuple
 
 from dwdp.perf.operators import Batch
 
+LONGEST_TOKENS = 1 << 30
+"""Most tokens of one input or output in a trace."""
+
 
 class Request(NamedTuple):
     """One request of a trace: when it arrives, and how long its input and output are."""
@@ -40,7 +43,7 @@ class Lengths:
             raise ValueError(f"The input length is {self.longest}: use at least 1.")
         if not 0 < self.ratio <= 1:
             raise ValueError(f"The length ratio is {self.ratio}: use more than 0 and at most 1.")
-        if self.cv is not None and self.cv < 0:
+        if self.cv is not None and not 0 <= self.cv < math.inf:
             raise ValueError(f"The length CV is {self.cv}: use at least 0.")
 
     @property
@@ -120,7 +123,11 @@ def read_trace(path: str | Path) -> list[Request]:
         ValueError: a line is no such object; one line with its number and the key.
     """
     requests = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}") from error
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -129,15 +136,17 @@ def read_trace(path: str | Path) -> list[Request]:
             raise ValueError(f"{path}:{number}: not JSON: {error.msg}") from error
         fields = row if isinstance(row, dict) else {}
         for key in Request._fields:
-            value, smallest = fields.get(key), 0 if key == "arrival_s" else 1
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < smallest:
-                raise ValueError(f"{path}:{number}: {key}: {value!r} is not at least {smallest}.")
+            value = fields.get(key)
+            if key == "arrival_s":
+                is_right = isinstance(value, int | float) and 0 <= value < math.inf
+                wanted = "a time of at least 0"
+            else:
+                is_right = isinstance(value, int) and 1 <= value <= LONGEST_TOKENS
+                wanted = f"a whole number from 1 to {LONGEST_TOKENS}"
+            if not is_right or isinstance(value, bool):
+                raise ValueError(f"{path}:{number}: {key}: {value!r} is not {wanted}.")
         requests.append(
-            Request(
-                float(fields["arrival_s"]),
-                int(fields["input_tokens"]),
-                int(fields["output_tokens"]),
-            )
+            Request(float(fields["arrival_s"]), fields["input_tokens"], fields["output_tokens"])
         )
     if not requests:
         raise ValueError(f"{path}: no requests.")

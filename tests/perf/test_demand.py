@@ -14,7 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dwdp.perf import demand
+from dwdp.perf.beyond import demand_gains
 from dwdp.perf.demand import MAX_TOKENS, LayerFetch, crossover_tokens, expected_activated_experts
+from dwdp.perf.hardware import load_hardware
+from dwdp.perf.model_config import load_model
+from dwdp.perf.operators import Batch
+from dwdp.perf.roofline import Group, layer_fetch, layer_time
 
 DEEPSEEK_R1 = LayerFetch(
     expert_bytes=24_772_608,
@@ -169,3 +174,18 @@ def test_it_is_light_enough_for_set_up() -> None:
     code = "import dwdp.perf.demand, sys; print({'torch', 'numpy', 'pydantic'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_demand_gains_most_where_few_sequences_activate_few_experts() -> None:
+    model, hardware = load_model("deepseek-r1-nvfp4"), load_hardware("gb200")
+    gains = {
+        (gain.num_sequences, gain.context_tokens, gain.load_cv): gain.gain
+        for gain in demand_gains(model, hardware)
+    }
+    assert gains[4, 8192, 0.0] > gains[16, 8192, 0.0] > 2 > gains[64, 8192, 0.0]
+    layer, group = model.moe_layers[0], Group(4)
+    compute_s = layer_time(model, layer, hardware, Batch.decode(16, 8192), group).compute_s
+    fetch = layer_fetch(model, hardware, group)
+    assert compute_s < fetch.prefetch_s
+    by_hand = fetch.prefetch_s / (compute_s + fetch.demand_exposed_s(16))
+    assert gains[16, 8192, 0.0] == pytest.approx(by_hand)

@@ -62,6 +62,9 @@ def test_a_users_file_is_read(tmp_path: Path) -> None:
         ({"peak_tflops": {"fp4": 1}}, "peak_tflops: has fp4, and needs bf16 or fp32"),
         ({"memory_gbs": float("inf")}, "memory_gbs: Input should be a finite number"),
         ({"achieved": {"link": 1.5}}, "achieved.link"),
+        ({"memory_gb": True}, "memory_gb: True is not a figure"),
+        ({"link": {"gbs": 1e300, "domain_size": 8}}, "link.gbs"),
+        ({"memory_gb": None, "memory_gB": 80}, "memory_gB: Extra"),
     ],
 )
 def test_a_wrong_file_is_one_line_with_the_key(
@@ -80,6 +83,14 @@ def test_what_is_no_description_is_refused(text: str, tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"x\.yaml"):
         load_hardware(path)
+
+
+def test_host_memory_that_is_slower_than_the_link_is_what_counts() -> None:
+    assert Hardware.model_validate({**OWN, "host_link_gbs": 64}).host_gbs == 64
+    shared = {**OWN, "host_link_gbs": 64, "host_memory_gbs": 40}
+    assert Hardware.model_validate(shared).host_gbs == 40
+    # Two GPUs share the memory of one CPU.
+    assert load_hardware("gb200").host_gbs < load_hardware("gb200").host_link_gbs
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -136,6 +136,23 @@ def test_every_family_is_read_as_its_model_is_built(arch: str) -> None:
         ),
         ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "X9"}}, "quant_algo"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "quant_method"),
+        (
+            {"quantization_config": {"quant_method": "fp8", "ignore": ["re:("]}},
+            "quantization_config.ignore: 're:\\('",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "kv_cache_scheme": {"num_bits": 0}}},
+            "kv_cache_scheme.num_bits: 0",
+        ),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"g": []},
+                }
+            },
+            "config_groups",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_one_line_with_the_key(

@@ -202,6 +202,25 @@ def test_forwards_shorter_than_a_prompt_are_refused(tokens: int, isl: int) -> No
         assert Workload(isl, 1, max_num_tokens=tokens).batch.num_tokens >= 1
 
 
+@pytest.mark.parametrize("name", ["load_cv", "tps_per_user"])
+def test_a_workload_has_no_figure_that_is_not_a_number(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is nan"):
+        replace(PREFILL, **{name: float("nan")})
+
+
+def test_many_short_prompts_hide_the_fetch_as_few_long_ones_do() -> None:
+    answer = plan(R1, GB200, replace(PREFILL, isl=1, osl=1))
+    assert answer.best is not None and answer.best.window_ratio > 1
+    assert answer.prefill_tokens_to_hide is not None
+    assert 64 < answer.prefill_tokens_to_hide < PREFILL.max_num_tokens
+
+
+def test_gpus_that_are_no_deployment_are_said_to_be_too_few() -> None:
+    assert any(
+        "too few" in reason for reason in plan(R1, GB200, replace(PREFILL, num_gpus=4)).reasons
+    )
+
+
 @pytest.mark.parametrize("model", ["deepseek-r1-nvfp4", "qwen3-235b-a22b"])
 def test_the_command_answers_and_writes_its_files(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -26,7 +26,6 @@ from dwdp.perf.reproduce import (
 pytestmark = pytest.mark.slow
 
 KNOWN_MISSES = {
-    (BREAKDOWN, "synchronisation", "DEP4"),
     (END_TO_END, "170-180 TPS/user", "TPS/GPU gain"),
 }
 """What the model does not reproduce; ``dwdp.perf.reproduce.CANNOT_FIT`` says why."""
@@ -85,7 +84,8 @@ def test_table_1_rules_out_other_assumptions(reproduction: Reproduction) -> None
 
 def test_the_synchronisation_share_grows_with_the_load_cv(reproduction: Reproduction) -> None:
     shares = [share for _, share in reproduction.sync_curve]
-    assert shares[0] == 0 and shares == sorted(shares)
+    assert 0 < shares[0] < 0.04  # layers vary even where loads do not
+    assert shares == sorted(shares)
 
 
 def test_the_packaged_gb200_carries_the_calibrated_constants() -> None:

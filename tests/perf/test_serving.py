@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from dwdp.perf.hardware import load_hardware
 from dwdp.perf.model_config import load_model
+from dwdp.perf.operators import Batch, Sequences
 from dwdp.perf.roofline import Group
 from dwdp.perf.serving import (
     Deployment,
     Generation,
     PrefillScenario,
+    ServingResult,
     prefill_curve,
     prefill_rate,
     rate_match,
@@ -47,13 +49,34 @@ def test_packing_keeps_order_loses_nothing_and_never_overfills(
     lengths: list[int], most: int, most_prompts: int | None
 ) -> None:
     batches = list(pack(lengths, most, most_prompts))
-    assert [part.new for batch in batches for part in batch.sequences] == lengths
+    start = 0
+    for batch in batches:
+        packed = [part.new for part in batch.sequences for _ in range(part.times)]
+        assert packed == sorted(lengths[start : start + len(packed)])
+        start += len(packed)
+        if start < len(lengths) and batch.num_sequences != most_prompts:
+            assert batch.num_tokens + lengths[start] > most
+    assert start == len(lengths)
     for batch in batches:
         assert batch.num_tokens <= most or batch.num_sequences == 1
         assert most_prompts is None or batch.num_sequences <= most_prompts
-    for batch, following in pairwise(batches):
-        if batch.num_sequences != most_prompts:
-            assert batch.num_tokens + following.sequences[0].new > most
+
+
+def test_equal_prompts_are_counted_not_listed() -> None:
+    batch = Batch.prefill([5, 3, 5])
+    assert batch.sequences == (Sequences(3), Sequences(5, times=2))
+    assert batch.num_tokens == 13 and batch.pairs(None) == 6 + 2 * 15
+
+
+def test_a_percentile_is_the_nearest_rank() -> None:
+    result = ServingResult(1.0, 1.0, tuple(float(i) for i in range(1, 101)), 1.0)
+    assert [result.ttft_percentile_s(p) for p in (0, 50, 90, 99, 100)] == [1, 50, 90, 99, 100]
+
+
+def test_generation_without_room_for_a_sequence_is_refused() -> None:
+    deployment = Deployment("dwdp", 4, 4, lambda tokens: 1.0, 8192, replace(GENERATION, num_gpus=1))
+    with pytest.raises(ValueError, match="1 generation GPUs have no memory"):
+        serve(deployment, [Request(0.0, 100, 10)])
 
 
 def test_lengths_are_drawn_as_described() -> None:
@@ -95,6 +118,9 @@ def test_a_trace_is_read_sorted_and_shared_out(tmp_path: Path) -> None:
         ("[1]", "arrival_s"),
         ('{"arrival_s": 0, "input_tokens": 0, "output_tokens": 1}', "input_tokens: 0"),
         ('{"arrival_s": 0, "input_tokens": 3}', "output_tokens"),
+        ('{"arrival_s": NaN, "input_tokens": 3, "output_tokens": 1}', "arrival_s: nan"),
+        ('{"arrival_s": 0, "input_tokens": 1.5, "output_tokens": 1}', "input_tokens: 1.5"),
+        ('{"arrival_s": 0, "input_tokens": 1, "output_tokens": Infinity}', "output_tokens: inf"),
         ("", "no requests"),
     ],
 )

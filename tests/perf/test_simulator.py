@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ from dwdp.perf.fetches import (
     ALL_AT_ONCE,
     HOST,
     SERIAL_FIXED,
+    Chunk,
     FetchPolicy,
     order_chunks,
     source_bytes,
@@ -24,6 +26,7 @@ from dwdp.perf.model_config import load_model
 from dwdp.perf.operators import Batch
 from dwdp.perf.roofline import Group
 from dwdp.perf.simulator import EXACT_RANKS, GroupRun, Interconnect, simulate_group
+from dwdp.perf.transfers import BundledTransfers
 from dwdp.perf.work import PARTS, LayerWork, RankWork, Segment, rank_work
 from dwdp.placement import build_placement
 
@@ -277,6 +280,28 @@ def test_bundles_stay_close_where_a_source_is_overloaded(
     exact = uneven()
     assert exact.mean_fetch_s() > 1.1
     assert bundled.mean_fetch_s() == pytest.approx(exact.mean_fetch_s(), rel=0.1)
+
+
+def test_ranks_in_step_share_links_once_for_all() -> None:
+    num_ranks, events = 32, 0
+    queue: list[tuple[float, int, int]] = []
+    capacity = {"in": 1.0, "out": 1.0}
+    transfers = BundledTransfers(
+        num_ranks, capacity, 0.0, lambda *event: heapq.heappush(queue, event)
+    )
+    for reader in range(num_ranks):
+        peers = [peer for peer in range(num_ranks) if peer != reader]
+        transfers.start(0.0, reader, [Chunk(peer, 1.0) for peer in peers])
+    finished = []
+    while queue:
+        now_s, key, version = heapq.heappop(queue)
+        done = transfers.on_event(now_s, key, version)
+        finished += [(piece.reader, now_s) for piece in done]
+        events += bool(done)
+    assert events == 1
+    assert [reader for reader, _ in finished] == list(range(num_ranks))
+    assert all(now_s == pytest.approx(num_ranks - 1) for _, now_s in finished)
+    assert not any(transfers.is_fetching(reader) for reader in range(num_ranks))
 
 
 def test_a_rack_of_deepseek_r1_runs_as_one_group_and_as_groups_of_four() -> None:

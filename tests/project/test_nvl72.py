@@ -1,8 +1,9 @@
 """The NVL72 benchmark without a cluster: sweeps, generated jobs, prompts, results.
 
-``nvl72/context_log.txt`` and ``nvl72/result.json`` have the form that TensorRT-LLM 1.3.0rc3 writes: the iteration
-log of ``tensorrt_llm/_torch/pyexecutor/py_executor.py`` and the file of ``benchmark_serving --save-result``
-(``tensorrt_llm/serve/scripts/benchmark_serving.py``). Their figures are made up.
+``nvl72/context_log.txt`` and ``nvl72/result.json`` have the form that TensorRT-LLM 1.3.0rc3 writes: the
+iteration log of ``tensorrt_llm/_torch/pyexecutor/py_executor.py`` and the file of
+``benchmark_serving --save-result`` (``tensorrt_llm/serve/scripts/benchmark_serving.py``). Their figures are
+made up.
 """
 
 from __future__ import annotations
@@ -124,6 +125,9 @@ def test_the_paper_sweep_is_the_published_set_up() -> None:
         ({"length_ratio": 1.5}, "points.0.length_ratio: Input should be less than or equal to 1"),
         ({"length_cv": 0.2}, "points.0.length_cv: give length_ratio or length_cv, not both"),
         ({"concurrency": []}, "points.0.concurrency: give either"),
+        ({"group_size": []}, "points.0.group_size: an empty list"),
+        ({"points": [{"name": "../x", "system": "dep"}]}, "points.0.name: String should match"),
+        ({"points": [{"sistem": "dep"}]}, "points.0.sistem: Extra inputs"),
         ({"tps_per_user": [20]}, "points.0.concurrency: give either"),
         ({"tps_per_user": [1e6], "concurrency": []}, "tps_per_user: 1e+06 tokens/s are not expect"),
         ({"mode": "context_only"}, "points.0.osl: a context_only sweep generates one token"),
