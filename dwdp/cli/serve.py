@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -141,6 +142,7 @@ def serve(model_dir: Path, **values: Any) -> int:
         start_timeout_s=config.setup_timeout_s + _START_MARGIN_S,
         drain_timeout_s=options.drain_grace_s + _DRAIN_MARGIN_S,
     )
+    gc.freeze()  # what is imported stays; a collection that went through it would hold up all streams
     return asyncio.run(_serve(launcher, settings, watch, values))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import io
 import json
 import os
 import secrets
@@ -263,3 +265,23 @@ def test_a_rank_that_stops_listening_and_does_not_end_is_killed() -> None:
     states, end = life_of(DRAINS_WITHOUT_END, watch)
     assert states == [RankState.READY, RankState.DRAINING]
     assert end.code == -signal.SIGKILL and "did not end within" in end.reason
+
+
+class FullDisk(io.TextIOBase):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_rank_is_read_on_when_its_words_cannot_be_passed_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise it stands still as soon as the pipe is full."""
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    talk = "for _ in range(20_000): print('more than a pipe holds')"
+    start = RankStart([sys.executable, "-c", talk], dict(os.environ), b"", RankEndpoint())
+
+    async def main() -> int:
+        process = await RankProcess.start(0, start)
+        return await asyncio.wait_for(process.ended(), WAIT_S)
+
+    assert asyncio.run(main()) == 0

@@ -9,12 +9,17 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
 from dwdp.serving.openai.errors import ApiError, invalid
 
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
+MAX_PROMPTS = 4096
+MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+MAX_METADATA = 16
+MAX_PARAMETERS = 64
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
@@ -27,8 +32,11 @@ class _FailFast(FailFast):
     __hash__ = object.__hash__
 
 
+# Lists have limits, so that no body takes long to check: meanwhile all streams of the process stand still.
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], _FailFast()]
-Prompt = str | TokenIds | Annotated[list[str], _FailFast()] | Annotated[list[TokenIds], _FailFast()]
+_Prompts = Annotated[list[str], Field(max_length=MAX_PROMPTS), _FailFast()]
+_TokenizedPrompts = Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS), _FailFast()]
+Prompt = str | TokenIds | _Prompts | _TokenizedPrompts
 
 _Zero = Annotated[float, Field(ge=0, le=0)]
 _Nothing = Annotated[list[Any], Field(max_length=0)] | None
@@ -53,7 +61,7 @@ class GenerationRequest(BaseModel):
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(default=None, ge=1)
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS), _FailFast()] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
@@ -62,12 +70,12 @@ class GenerationRequest(BaseModel):
 
     # Accepted and of no effect on the answer.
     user: str | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_options: dict[str, str] | None = None
     prompt_cache_retention: str | None = None
 
     # Not supported: only the value that asks for nothing.
@@ -79,8 +87,6 @@ class GenerationRequest(BaseModel):
     def _check_options(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise _mistake("stream_options", "stream_options is only for stream=true")
-        if len(self.stops) > MAX_STOPS:
-            raise _mistake("stop", f"stop has {len(self.stops)} strings; at most {MAX_STOPS}")
         for stop in self.stops:
             if not 0 < len(stop) <= MAX_STOP_CHARS:
                 raise _mistake(
@@ -159,7 +165,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS), _FailFast()]
     name: str | None = None
 
     # What clients send back with an assistant's message.
@@ -185,7 +191,7 @@ class TextFormat(BaseModel):
 class ChatCompletionRequest(GenerationRequest):
     """``POST /v1/chat/completions``: answer a conversation."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), _FailFast()]
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
@@ -257,9 +263,9 @@ _UNSUPPORTED = {
 # A union's own error names only its first member.
 _FORMS = {
     "prompt": "a string, a list of strings, a list of token ids or a list of lists of token ids, "
-    "and no id below 0",
-    "content": "a string or a list of parts of type text",
-    "stop": "a string or a list of strings",
+    f"and no id below 0; at most {MAX_PROMPTS} prompts",
+    "content": f"a string or a list of parts of type text, at most {MAX_PARTS}",
+    "stop": f"a string or a list of strings, at most {MAX_STOPS}",
 }
 
 _MAX_NAME_CHARS = 64
@@ -274,16 +280,23 @@ def parse(kind: type[_Request], body: bytes) -> _Request:
         ApiError: 400 with the field that is at fault: no JSON, a wrong type, a value out of range, an
             option that is unknown or not supported.
     """
+    # In two steps: an error has no copy of its own then of a document that may have a million values.
     try:
-        return kind.model_validate_json(body)
+        document = from_json(body)
+    except ValueError as error:
+        raise invalid(f"The body is not JSON: {error}", code="invalid_json") from None
+    if isinstance(document, dict) and len(document) > MAX_PARAMETERS:
+        raise invalid(
+            f"The body has {len(document)} parameters; at most {MAX_PARAMETERS} are known"
+        )
+    try:
+        return kind.model_validate(document)
     except ValidationError as error:
-        raise _api_error(error.errors(include_url=False)[0]) from None
+        raise _api_error(error.errors(include_url=False, include_input=False)[0]) from None
 
 
 def _api_error(problem: ErrorDetails) -> ApiError:
     kind = problem["type"]
-    if kind == "json_invalid":
-        return invalid(f"The body is not JSON: {problem['ctx']['error']}", code="invalid_json")
     context = problem.get("ctx", {})
     if "param" in context:
         return invalid(problem["msg"], context["param"], context.get("code"))

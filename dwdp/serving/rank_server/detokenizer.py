@@ -102,8 +102,8 @@ class TokenTexts:
         piece = self._tokenizer.convert_ids_to_tokens(token_id)
         if not isinstance(piece, str):
             return b""
-        if self._is_byte_level and all(char in _BYTE_OF_CHAR for char in piece):
-            return bytes(_BYTE_OF_CHAR[char] for char in piece)
+        if self._is_byte_level and all(char in BYTE_OF_CHAR for char in piece):
+            return bytes(BYTE_OF_CHAR[char] for char in piece)
         match = _BYTE_TOKEN.fullmatch(piece)
         if match is not None:
             return bytes([int(match[1], 16)])
@@ -121,4 +121,5 @@ def _byte_level_alphabet() -> dict[str, int]:
     }
 
 
-_BYTE_OF_CHAR = _byte_level_alphabet()
+BYTE_OF_CHAR = _byte_level_alphabet()
+"""How byte-level vocabularies write bytes."""

@@ -103,36 +103,34 @@ class Preparer:
         for prompt in request.prompts:
             if isinstance(prompt, str):
                 token_ids = await loop.run_in_executor(
-                    self._executor, self._tokenizer.encode, prompt
+                    self._executor, self._tokenizer.encode, prompt, self._max_length
                 )
             else:
                 token_ids = tuple(prompt)
                 self._check_ids(token_ids)
-            prompts.append(token_ids)
-        return self._prepare(
-            request, prompts, request.max_new_tokens, request.num_logprobs, "prompt"
-        )
+            # Before the next one is tokenized, which would be in vain if this one is too long.
+            prompts.append((token_ids, self._limit(token_ids, request.max_new_tokens, "prompt")))
+        return self._prepare(request, prompts, request.num_logprobs, continues=True)
 
     async def chat(self, request: ChatCompletionRequest) -> Preparation:
         token_ids = await asyncio.get_running_loop().run_in_executor(
-            self._executor, self._tokenizer.encode_chat, request.messages
+            self._executor, self._tokenizer.encode_chat, request.messages, self._max_length
         )
-        return self._prepare(
-            request, [token_ids], request.max_new_tokens, request.num_logprobs, "messages"
-        )
+        limit = self._limit(token_ids, request.max_new_tokens, "messages")
+        return self._prepare(request, [(token_ids, limit)], request.num_logprobs, continues=False)
 
     def _prepare(
         self,
         request: GenerationRequest,
-        prompts: list[tuple[int, ...]],
-        max_new_tokens: int | None,
+        prompts: list[tuple[tuple[int, ...], int]],
         num_logprobs: int | None,
-        param: str,
+        *,
+        continues: bool,
     ) -> Preparation:
-        limits = [self._limit(prompt, max_new_tokens, param) for prompt in prompts]
+        """Answers to ``prompts``, each with the most tokens that may follow it."""
         seed = request.seed if request.seed is not None else secrets.randbits(_SEED_BITS)
         answers: list[AnswerRequest] = []
-        for prompt, limit in zip(prompts, limits, strict=True):
+        for prompt, limit in prompts:
             for _ in range(request.num_choices):
                 # Answers to one request differ; the first is what a request for it alone would give.
                 sampling = self._sampling(request, seed + len(answers), num_logprobs)
@@ -143,10 +141,10 @@ class Preparer:
                         end_tokens=frozenset() if request.ignore_eos else self._defaults.end_tokens,
                         sampling=sampling,
                         stops=request.stops,
-                        continues=param == "prompt",
+                        continues=continues,
                     )
                 )
-        return Preparation(tuple(answers), sum(map(len, prompts)))
+        return Preparation(tuple(answers), sum(len(prompt) for prompt, _ in prompts))
 
     def _limit(self, prompt: tuple[int, ...], max_new_tokens: int | None, param: str) -> int:
         if not prompt:

@@ -104,4 +104,5 @@ class RankProcess:
         if line.startswith(_ERROR_PREFIX):
             self._error = line.removeprefix(_ERROR_PREFIX)
         prefix = f"rank {self._rank}: "
-        print(prefix + line.removeprefix(prefix), file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody reads it any more, or the disk is full: the rank goes on
+            print(prefix + line.removeprefix(prefix), file=sys.stderr, flush=True)

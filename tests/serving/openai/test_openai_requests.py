@@ -15,6 +15,11 @@ from openai.types.completion_create_params import CompletionCreateParamsNonStrea
 
 from dwdp.serving.openai.errors import ApiError
 from dwdp.serving.openai.requests import (
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_PARAMETERS,
+    MAX_PARTS,
+    MAX_PROMPTS,
     MAX_STOPS,
     ChatCompletionRequest,
     CompletionRequest,
@@ -164,6 +169,35 @@ def test_unknown_options_are_refused_wherever_they_are() -> None:
     error = refusal(chat, messages=[{**HELLO, "colour": "red"}])
     assert (error.param, error.code) == ("messages[0].colour", "unknown_parameter")
     assert len(refusal(completion, **{"x" * 10_000: 1}).body()["error"]["message"]) < 200
+
+
+@pytest.mark.parametrize(
+    ("make", "param", "item", "limit"),
+    [
+        (completion, "prompt", "a", MAX_PROMPTS),
+        (completion, "prompt", [1], MAX_PROMPTS),
+        (completion, "stop", "a", MAX_STOPS),
+        (chat, "messages", HELLO, MAX_MESSAGES),
+    ],
+)
+def test_long_lists_are_refused_with_their_limit(
+    make: Any, param: str, item: Any, limit: int
+) -> None:
+    make(**{param: [item] * limit})
+    error = refusal(make, **{param: [item] * (limit + 1)})
+    assert error.param == param
+    assert str(limit) in error.message
+
+
+def test_too_many_parts_pairs_and_parameters_are_refused() -> None:
+    parts = [{"type": "text", "text": "a"}] * MAX_PARTS
+    chat(messages=[{"role": "user", "content": parts}])
+    error = refusal(chat, messages=[{"role": "user", "content": [*parts, parts[0]]}])
+    assert error.param == "messages[0].content"
+    pairs = {str(number): "a" for number in range(MAX_METADATA + 1)}
+    assert refusal(chat, metadata=pairs).param == "metadata"
+    many = {f"p{number}": 1 for number in range(MAX_PARAMETERS)}
+    assert f"at most {MAX_PARAMETERS}" in refusal(completion, **many).message
 
 
 def test_a_missing_field_is_named() -> None:
