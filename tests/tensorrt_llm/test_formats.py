@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from moe_models import CASES
+from moe_models import CASES, load_model, make_checkpoint
+from pretend_cuda import pretend_gpu
 from torch import nn
 
 from dwdp.engines.tensorrt_llm import formats
@@ -57,8 +58,17 @@ def test_the_table_has_every_backend_of_this_tensorrt_llm() -> None:
     assert descendants(MoE) | {formats.VANILLA_BACKEND} == known
 
 
+@pytest.mark.trtllm
 def test_every_backend_and_format_of_the_table_has_a_case() -> None:
     assert {case.backend for case in CASES} == set(formats.BACKENDS.values())
+    methods = set()
+    for case in CASES:
+        with pretend_gpu(case.sm_version):
+            layer = load_model(case, make_checkpoint(case, 2), 2).layers[0]
+            if case.backend != "VANILLA":
+                methods.add(type(getattr(layer, "backend", layer).quant_method).__name__)
+    refused = {name for name, known in formats.FORMATS.items() if known.refused is not None}
+    assert methods == set(formats.FORMATS) - refused
 
 
 def test_an_activation_scale_for_all_experts_is_not_an_expert_tensor() -> None:

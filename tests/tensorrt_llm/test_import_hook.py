@@ -111,6 +111,34 @@ def test_it_can_be_turned_off(interpreter: Interpreter) -> None:
     assert "dwdp" in interpreter.run("-c", code, path=ROOT).stdout
 
 
+ASKED_AFTER_OURS = """
+import sys
+
+class After:
+    def find_spec(self, name, path=None, target=None):
+        if name == "tensorrt_llm":
+            print("asked")
+
+ours = [type(finder).__name__ for finder in sys.meta_path].index("DwdpStartupFinder")
+sys.meta_path.insert(ours + 1, After())
+import tensorrt_llm
+"""
+
+
+@pytest.mark.parametrize("dwdp", ["works", "is off", "is gone", "is broken"])
+def test_the_finder_after_ours_is_asked(
+    interpreter: Interpreter, tmp_path: Path, dwdp: str
+) -> None:
+    """It may be the one that finds TensorRT-LLM: some editable installs have their own."""
+    path = ROOT if dwdp == "works" else tmp_path
+    if dwdp == "is broken":
+        (tmp_path / "dwdp").mkdir()
+        (tmp_path / "dwdp" / "__init__.py").write_text("raise OSError('disk')")
+    variables = {"DWDP_DISABLE": "1"} if dwdp == "is off" else {}
+    done = interpreter.run("-c", ASKED_AFTER_OURS, path=path, **variables)
+    assert (done.returncode, done.stdout) == (0, "asked\n"), done.stderr
+
+
 def test_finding_tensorrt_llm_runs_nothing_of_it(interpreter: Interpreter) -> None:
     code = (
         "import importlib.util, sys\n"
@@ -225,6 +253,11 @@ def test_source_can_be_read_through_a_spec(events: Events) -> None:
     assert spec is not None and spec.loader is not None
     assert "INNER" in spec.loader.get_source("tensorrt_llm")  # type: ignore[attr-defined]
     assert events.seen == []
+
+
+def test_a_finder_of_the_old_protocol_is_left_out(events: Events) -> None:
+    sys.meta_path.insert(1, object())  # type: ignore[arg-type]
+    assert importlib.import_module("tensorrt_llm.inner").VALUE == 2
 
 
 def test_a_module_that_fails_is_not_patched(events: Events) -> None:

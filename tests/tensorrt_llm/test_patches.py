@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,23 @@ def test_every_patch_applies() -> None:
     for name in PATCHES:
         import_module(name)
     assert patches.obstacle() is None
+
+
+def test_what_derives_from_the_arguments_is_initialised_as_before() -> None:
+    """AutoDeploy's arguments are settings besides, which read files and the environment."""
+    import tensorrt_llm  # noqa: F401
+    from pydantic import BaseModel
+    from tensorrt_llm.llmapi.llm_args import TorchLlmArgs
+
+    class Settings(BaseModel):
+        def __init__(self, **data: Any) -> None:
+            super().__init__(**{"max_seq_len": 77, **data})
+
+    class Arguments(TorchLlmArgs, Settings):  # type: ignore[misc, valid-type]
+        pass
+
+    made = Arguments(model="/nowhere", skip_tokenizer_init=True, gpus_per_node=1)
+    assert (made.max_seq_len, made.parallel) == (77, None)
 
 
 IN_CHILDREN = """

@@ -45,11 +45,27 @@ def serve_command() -> click.Command:
     return serve
 
 
-def test_the_option_is_refused() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--parallel", "dwdp"],
+        ["--parallel=dwdp"],
+        ["--parallel", "dwdp", "--dwdp_size", "4"],
+        ["--dwdp_size=4", "--parallel", "dwdp"],
+        ["--no_dwdp_contention_opt"],
+    ],
+)
+def test_the_options_are_refused(options: list[str]) -> None:
+    """With the reason, and not because some of them are unknown."""
     serve = serve_command()
     refusal.refuse(module(SERVE, serve=serve), "the reason")
-    asked = CliRunner().invoke(serve, ["m", "--parallel", "dwdp"])
-    assert asked.exit_code == 1 and "the reason" in asked.output
+    asked = CliRunner().invoke(serve, ["m", *options])
+    assert (asked.exit_code, asked.output) == (1, "Error: the reason\n")
+
+
+def test_other_options_work_where_dwdp_is_refused() -> None:
+    serve = serve_command()
+    refusal.refuse(module(SERVE, serve=serve), "the reason")
     other = CliRunner().invoke(serve, ["m", "--parallel", "tp"])
     assert other.exit_code == 2 and "'tp' is not 'dwdp'" in other.output
     assert CliRunner().invoke(serve, ["m"]).output == "serves m\n"

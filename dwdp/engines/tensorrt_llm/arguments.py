@@ -145,10 +145,25 @@ def patch(module: Any) -> None:
             annotation, module.Field(default=None, description=description, status="prototype")
         )
         arguments.__annotations__[name] = annotation
-    arguments.__init__ = _asking_first(arguments.__init__, has_own_config)
+    arguments.__init__ = _asking_first(_initialiser(arguments), has_own_config)
     # Validation of a mapping goes through __init__ as well, and so through the function above.
     arguments.__pydantic_custom_init__ = True
     arguments.model_rebuild(force=True)
+
+
+def _initialiser(arguments: Any) -> Callable[..., None]:
+    """What ``arguments(...)`` calls; where it is inherited, what comes next for the class that is made.
+
+    AutoDeploy's arguments derive from these and from ``BaseSettings``, whose own ``__init__`` has its turn.
+    """
+    own: Callable[..., None] | None = vars(arguments).get("__init__")
+    if own is not None:
+        return own
+
+    def initialise(self: Any, **data: Any) -> None:
+        super(arguments, self).__init__(**data)
+
+    return initialise
 
 
 def _asking_first(original: Callable[..., None], has_own_config: bool) -> Callable[..., None]:

@@ -6,7 +6,7 @@ Everything here works on classes and commands that any version has, and skips wh
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -24,23 +24,34 @@ def _refuse_option(module: ModuleType, reason: str) -> None:
     command = getattr(module, "serve", None)
     if not isinstance(command, click.Command):
         return
+    parse_args = command.parse_args
+
+    # Before anything is parsed: the options besides --parallel are not there, and would be called unknown.
+    def parse_or_fail(ctx: click.Context, args: list[str]) -> list[str]:
+        if _asks_for_dwdp(args):
+            raise click.ClickException(reason)
+        return parse_args(ctx, args)
+
+    command.parse_args = parse_or_fail  # type: ignore[method-assign]
     if any("--parallel" in parameter.opts for parameter in command.params):
         return
-
-    def fail(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> None:
-        if value == "dwdp":
-            raise click.ClickException(reason)
-        if value is not None:
-            raise click.BadParameter(f"{value!r} is not 'dwdp'")
-
     option = click.Option(
         ["--parallel"],
+        type=click.Choice(["dwdp"]),
         expose_value=False,
-        is_eager=True,
-        callback=fail,
         help="dwdp: not available with this TensorRT-LLM; asking for it says why.",
     )
     command.params.append(option)
+
+
+def _asks_for_dwdp(args: Sequence[str]) -> bool:
+    """Whether a command line has ``--parallel dwdp`` or one of the options that belong to it."""
+    return any(
+        arg.startswith(("--dwdp_", "--no_dwdp_"))
+        or arg == "--parallel=dwdp"
+        or (arg == "dwdp" and before == "--parallel")
+        for before, arg in zip(("", *args), args, strict=False)
+    )
 
 
 def _refuse_llm(module: ModuleType, reason: str) -> None:

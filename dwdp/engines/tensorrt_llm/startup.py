@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 
 class DwdpStartupFinder:
-    """Is first on ``sys.meta_path`` until ``tensorrt_llm`` is looked for; then the plugin's hook is."""
+    """Installs the plugin's hook when ``tensorrt_llm`` is looked for, once.
+
+    It stays on ``sys.meta_path``: the import that asks it is going through that list, and would leave out
+    the finder after one that is removed.
+    """
+
+    def __init__(self) -> None:
+        self._is_waiting = True
 
     def find_spec(
         self,
@@ -24,10 +31,9 @@ class DwdpStartupFinder:
         path: "Sequence[str] | None" = None,
         target: "ModuleType | None" = None,
     ) -> "ModuleSpec | None":
-        if fullname != "tensorrt_llm":
+        if fullname != "tensorrt_llm" or not self._is_waiting:
             return None
-        if self in sys.meta_path:
-            sys.meta_path.remove(self)
+        self._is_waiting = False
         if os.environ.get("DWDP_DISABLE") == "1":
             return None
         try:
