@@ -117,6 +117,7 @@ def measure_survival(settings: Settings) -> Survival:
         wrong=sum(answer.text != expected[answer.prompt] for answer in complete),
         wall_s=wall_s,
         recoveries_s=recoveries_s,
+        errors_of_lost=[str(answer.error) for answer in answers if answer.is_lost],
     )
 
 

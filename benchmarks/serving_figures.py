@@ -22,6 +22,7 @@ class Survival:
     wrong: int
     wall_s: float
     recoveries_s: list[float]
+    errors_of_lost: list[str]
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def test_who_does_not_ask_gets_nothing() -> None:
             r"dwdp_config: num_prefetch_experts \(3\) is larger",
         ),
         (asked(dwdp_size=4, rank=-1), "dwdp_config.rank is -1"),
+        (asked(dwdp_size=4, rank=True), "dwdp_config.rank is True"),
         (asked(dwdp_size=4, rendezvous=4000), "dwdp_config.rendezvous is 4000"),
         (asked(), "no dwdp_size, and no launcher says"),
     ],

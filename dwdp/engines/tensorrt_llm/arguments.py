@@ -78,7 +78,7 @@ def read_request(settings: Mapping[str, Any]) -> Request | None:
         raise ValueError(f"dwdp_config is {given!r}; it has to be a mapping or a DwdpConfig")
     options = dict(given or {})
     rank, rendezvous = (options.pop(key, None) for key in _PLACE_KEYS)
-    if rank is not None and (not isinstance(rank, int) or rank < 0):
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 0):
         raise ValueError(f"dwdp_config.rank is {rank!r}; it has to be a number from 0")
     if rendezvous is not None and not isinstance(rendezvous, str):
         raise ValueError(f"dwdp_config.rendezvous is {rendezvous!r}; it has to be host:port")

@@ -26,7 +26,11 @@ class Conflict:
 
 
 def _is_parallel(size: Any) -> bool:
-    return int(size) > 1
+    """What is no number is TensorRT-LLM's to refuse, which names the setting."""
+    try:
+        return int(size) > 1
+    except (TypeError, ValueError):
+        return False
 
 
 def _is_expert_lora(config: Any) -> bool:

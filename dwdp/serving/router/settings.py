@@ -20,7 +20,7 @@ class RouterSettings(BaseModel):
         description="Requests that wait in the router for a rank; beyond that, 429.",
     )
     max_attempts: int = Field(
-        default=5,
+        default=8,
         ge=1,
         description="Ranks a request is given to, one after another, while each dies before the first token.",
     )
