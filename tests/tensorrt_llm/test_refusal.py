@@ -113,6 +113,9 @@ def test_one_patch_that_fails_refuses_everywhere(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         patches, "PATCHES", {"tensorrt_llm.mapping": (f"{__name__}:no_such_patch",)}
     )
+    # Not TensorRT-LLM's own, which the other tests of this process need.
+    for name in refusal.REFUSALS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     earlier = module(LLM, LLM=Llm)
     monkeypatch.setitem(sys.modules, LLM, earlier)
     patches.apply(earlier)

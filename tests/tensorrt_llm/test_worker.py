@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import os
 import threading
 from collections.abc import Iterator
@@ -87,7 +88,7 @@ def checkpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Checkpoint]:
             for layer, own in zip(self.layers, weights, strict=True):
                 layer.backend.load_weights([own])
 
-    original = model_loader.ModelLoader.load.__wrapped__
+    original = inspect.unwrap(model_loader.ModelLoader.load)
 
     def load_on_pretended_gpu(self: Any, *args: Any) -> Any:
         with PretendCuda():
