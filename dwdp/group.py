@@ -390,19 +390,28 @@ def _interrupted_by(find: Callable[[], PeerFailure | None]) -> Iterator[None]:
 def fail_before_joining(launch: LaunchInfo, message: str, *, bad_input: bool) -> None:
     """End the group that ``launch`` describes, because this rank cannot join it. Never raises.
 
-    The others get ``message`` as a :class:`PeerFailure` when they join. Returns when they have, or
-    after a few seconds.
+    The others get ``message`` as a :class:`PeerFailure` when they join. Returns when they have. Those that
+    joined before are given a few seconds, the others as long as they would wait for the store: a slow
+    machine starts them well after this rank.
     """
+    start = time.monotonic()
     try:
-        store = _open_store(launch, _FAREWELL_S)
+        store = _open_store(launch, _STORE_PATIENCE_S)
         report_failure(store, launch.rank, message, bad_input=bad_input)
-        seen = [f"{_FIRST_GROUP}{_SEEN}/{rank}" for rank in range(launch.size)]
-        store.set(seen[launch.rank], b"1")
-        deadline = time.monotonic() + _FAREWELL_S
-        while not store.check(seen) and time.monotonic() < deadline:
+        store.set(f"{_FIRST_GROUP}{_SEEN}/{launch.rank}", b"1")
+        joined_s = time.monotonic() + _FAREWELL_S
+        while time.monotonic() < start + _STORE_PATIENCE_S:
+            awaited = [_SEEN] if time.monotonic() < joined_s else [_SEEN, f"{_IDENTITY}#0"]
+            if all(_has_any(store, awaited, rank) for rank in range(launch.size)):
+                return
             time.sleep(_POLL_S)
     except RuntimeError:
         return
+
+
+def _has_any(store: Any, names: list[str], rank: int) -> bool:
+    """Whether ``rank`` has published one of ``names`` to its first group."""
+    return any(store.check([f"{_FIRST_GROUP}{name}/{rank}"]) for name in names)
 
 
 def _open_store(launch: LaunchInfo, patience_s: float) -> Any:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from ranks import run_ranks
 
+import dwdp.group as group_module
 from dwdp.group import Group, fail_before_joining
 from dwdp.launch import LaunchInfo
 from dwdp.process_identity import ProcessIdentity
@@ -163,6 +165,43 @@ def test_a_rank_that_cannot_join_ends_the_others() -> None:
     with pytest.raises(PeerFailure, match="rank 0: bad option") as failure:
         Group.join(launches[1], timeout_s=30)
     assert failure.value.bad_input
+    refused.join(30)
+    assert not refused.is_alive()
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_a_rank_that_starts_late_hears_why_another_cannot_join(
+    bad_rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_module, "_FAREWELL_S", 0.1)
+    port = free_port()
+    launches = [LaunchInfo("mpirun", rank, 2, "127.0.0.1", port, False) for rank in range(2)]
+    refused = threading.Thread(
+        target=fail_before_joining,
+        args=(launches[bad_rank], "bad option"),
+        kwargs={"bad_input": True},
+    )
+    refused.start()
+    time.sleep(1.0)
+    with pytest.raises(PeerFailure, match=f"rank {bad_rank}: bad option"):
+        Group.join(launches[1 - bad_rank], timeout_s=30)
+    refused.join(30)
+    assert not refused.is_alive()
+
+
+def test_a_rank_that_fails_later_does_not_wait_for_peers_that_have_joined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(group_module, "_FAREWELL_S", 0.1)
+    store = serve_store("127.0.0.1", 0, 2)
+    launches = [LaunchInfo("torchrun", rank, 2, "127.0.0.1", store.port, True) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        groups = list(pool.map(lambda launch: Group.join(launch, timeout_s=30), launches))
+    assert len(groups) == 2
+    refused = threading.Thread(
+        target=fail_before_joining, args=(launches[1], "lost"), kwargs={"bad_input": False}
+    )
+    refused.start()
     refused.join(30)
     assert not refused.is_alive()
 
