@@ -1,7 +1,8 @@
-"""A ``trtllm-serve`` without a model: the same options, the same health, and answers that count words.
+"""A ``trtllm-serve`` without a model: the same options, the same health, and answers without meaning.
 
 Without a place in a group it serves the whole group, as the plugin does; with one it is that rank. A rank
-answers ``/environment`` with what it was started with. ``FAIL_WITH`` in the environment: rank 1 fails so.
+answers ``/environment`` with what it was started with, and a chat with what it was asked. ``FAIL_WITH``
+in the environment: rank 1 fails so.
 """
 
 from __future__ import annotations
@@ -49,12 +50,17 @@ async def completions(request: web.Request) -> web.Response:
     return web.json_response({"id": f"cmpl-{os.environ['DWDP_RANK']}", **document}, headers=headers)
 
 
+async def chat(request: web.Request) -> web.Response:
+    return web.json_response({"asked": await request.json()})
+
+
 async def serve_rank(host: str, port: int) -> None:
     app = web.Application()
     app.router.add_get("/health", health)
     app.router.add_get("/environment", environment)
     app.router.add_get("/internal/stats", stats)
     app.router.add_post("/v1/completions", completions)
+    app.router.add_post("/v1/chat/completions", chat)
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()

@@ -130,6 +130,7 @@ async def _serve(
         host=host,
         port=port,
         keys=os.environ.get(_API_KEYS, "").split(),
+        relays=True,
         watch=Watch(start_timeout_s=config.setup_timeout_s + _LOADING_S),
         announce=_announce,
     )

@@ -26,20 +26,31 @@ DEFAULT_COMPLETION_TOKENS = 16
 """Tokens of a completion that names no limit. A chat answer may then fill what the prompt leaves."""
 
 
-class _FailFast(FailFast):
+class StopAtFirstError(FailFast):
     """One wrong item of a long list is enough to say so. (A union's members have to be hashable.)"""
 
     __hash__ = object.__hash__
 
 
 # Lists have limits, so that no body takes long to check: meanwhile all streams of the process stand still.
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], _FailFast()]
-_Prompts = Annotated[list[str], Field(max_length=MAX_PROMPTS), _FailFast()]
-_TokenizedPrompts = Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS), _FailFast()]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], StopAtFirstError()]
+_Prompts = Annotated[list[str], Field(max_length=MAX_PROMPTS), StopAtFirstError()]
+_TokenizedPrompts = Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS), StopAtFirstError()]
 Prompt = str | TokenIds | _Prompts | _TokenizedPrompts
 
+ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
+MaxTokens = Annotated[int, Field(ge=1)] | None
 _Zero = Annotated[float, Field(ge=0, le=0)]
 _Nothing = Annotated[list[Any], Field(max_length=0)] | None
+
+
+def split_prompt(prompt: Prompt) -> tuple[str | list[int], ...]:
+    """The prompts in ``prompt``, one by one."""
+    if isinstance(prompt, str):
+        return (prompt,)
+    if prompt and isinstance(prompt[0], int):
+        return (prompt,)
+    return tuple(prompt)  # type: ignore[arg-type]
 
 
 class StreamOptions(BaseModel):
@@ -56,12 +67,12 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    model: str = Field(min_length=1, max_length=1024)
+    model: ModelName
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    max_tokens: int | None = Field(default=None, ge=1)
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS), _FailFast()] | None = None
+    max_tokens: MaxTokens = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS), StopAtFirstError()] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
@@ -134,12 +145,7 @@ class CompletionRequest(GenerationRequest):
     @property
     def prompts(self) -> tuple[str | list[int], ...]:
         """The prompts, one by one."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return (prompt,)
-        if prompt and isinstance(prompt[0], int):
-            return (prompt,)
-        return tuple(prompt)  # type: ignore[arg-type]
+        return split_prompt(self.prompt)
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -165,7 +171,7 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS), _FailFast()]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS), StopAtFirstError()]
     name: str | None = None
 
     # What clients send back with an assistant's message.
@@ -191,8 +197,10 @@ class TextFormat(BaseModel):
 class ChatCompletionRequest(GenerationRequest):
     """``POST /v1/chat/completions``: answer a conversation."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES), _FailFast()]
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MAX_MESSAGES), StopAtFirstError()
+    ]
+    max_completion_tokens: MaxTokens = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
@@ -223,6 +231,11 @@ class ChatCompletionRequest(GenerationRequest):
                 f"{self.max_completion_tokens}: give one of them",
             )
         return self
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of every message."""
+        return tuple(message.text for message in self.messages)
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -270,7 +283,7 @@ _FORMS = {
 
 _MAX_NAME_CHARS = 64
 
-_Request = TypeVar("_Request", CompletionRequest, ChatCompletionRequest)
+_Request = TypeVar("_Request", bound=BaseModel)
 
 
 def parse(kind: type[_Request], body: bytes) -> _Request:

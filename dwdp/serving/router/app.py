@@ -26,12 +26,13 @@ from dwdp.serving.openai.errors import (
     model_not_found,
     not_found,
 )
+from dwdp.serving.openai.relayed import RelayedChatCompletionRequest, RelayedCompletionRequest
 from dwdp.serving.openai.requests import ChatCompletionRequest, CompletionRequest, parse
 from dwdp.serving.openai.responses import Model, ModelList
 from dwdp.serving.page.assets import page_response
 from dwdp.serving.router.balancer import Balancer
 from dwdp.serving.router.body import BodyReader, ClientGone, Receive
-from dwdp.serving.router.cost import check_length, estimate_cost
+from dwdp.serving.router.cost import CheckedRequest, RelayedRequest, check_length, estimate_cost
 from dwdp.serving.router.forwarder import Forwarder, Job, Send
 from dwdp.serving.router.keys import ApiKeys
 from dwdp.serving.router.lease import Deadline
@@ -54,7 +55,7 @@ _OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready"})
 _CLOSING_STATUSES = frozenset({408, 413})
 
 Scope = dict[str, Any]
-ParseBody = Callable[[bytes], CompletionRequest | ChatCompletionRequest]
+ParseBody = Callable[[bytes], CheckedRequest | RelayedRequest]
 
 
 class Router:
@@ -63,10 +64,18 @@ class Router:
     Args:
         table: the ranks, kept up to date by the supervisor.
         model: what requests call the model.
+        relays: whether ranks check requests themselves, the model's name included; see
+            :mod:`dwdp.serving.openai.relayed`.
     """
 
     def __init__(
-        self, table: RankTable, model: str, settings: RouterSettings, keys: ApiKeys
+        self,
+        table: RankTable,
+        model: str,
+        settings: RouterSettings,
+        keys: ApiKeys,
+        *,
+        relays: bool = False,
     ) -> None:
         self.balancer = Balancer(table, max_queued=settings.max_queued)
         self.metrics = RouterMetrics(table, self.balancer)
@@ -78,7 +87,11 @@ class Router:
         self._bodies = BodyReader(
             settings.max_body_bytes, settings.max_buffered_bytes, settings.body_timeout_s
         )
-        self._openapi = openapi_document(model, needs_key=keys.is_required)
+        completion: type[CompletionRequest | RelayedCompletionRequest] = CompletionRequest
+        chat: type[ChatCompletionRequest | RelayedChatCompletionRequest] = ChatCompletionRequest
+        if relays:
+            completion, chat = RelayedCompletionRequest, RelayedChatCompletionRequest
+        self._openapi = openapi_document(model, completion, chat, needs_key=keys.is_required)
         self._num_watchers = 0
         self._ended = asyncio.Event()
         self._app = Starlette(
@@ -94,12 +107,12 @@ class Router:
                 Route("/v1/models/{model:path}", self._one_model),
                 Route(
                     "/v1/completions",
-                    _Endpoint(partial(self.generate, partial(parse, CompletionRequest))),
+                    _Endpoint(partial(self.generate, partial(parse, completion))),
                     methods=["POST"],
                 ),
                 Route(
                     "/v1/chat/completions",
-                    _Endpoint(partial(self.generate, partial(parse, ChatCompletionRequest))),
+                    _Endpoint(partial(self.generate, partial(parse, chat))),
                     methods=["POST"],
                 ),
             ],
@@ -186,9 +199,10 @@ class Router:
         body: bytes,
     ) -> Job:
         request = parse_body(body)
-        if request.model != self._model.id:
-            raise model_not_found(request.model, self._model.id)
-        check_length(request, widest_limits(self._table.ranks).max_sequence_length)
+        if isinstance(request, CompletionRequest | ChatCompletionRequest):
+            if request.model != self._model.id:
+                raise model_not_found(request.model, self._model.id)
+            check_length(request, widest_limits(self._table.ranks).max_sequence_length)
         return Job(
             path=path,
             body=body,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dwdp.serving.openai.errors import context_length_exceeded
+from dwdp.serving.openai.relayed import RelayedChatCompletionRequest, RelayedCompletionRequest
 from dwdp.serving.openai.requests import ChatCompletionRequest, CompletionRequest
 
 CHARS_PER_TOKEN = 4
@@ -15,6 +16,9 @@ MOST_NEW_TOKENS = 1 << 20
 """What an answer is taken for at most. A client may name any number."""
 
 _TOKENS_PER_MESSAGE = 4
+
+CheckedRequest = CompletionRequest | ChatCompletionRequest
+RelayedRequest = RelayedCompletionRequest | RelayedChatCompletionRequest
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,11 @@ class Cost:
     num_sequences: int
 
 
-def estimate_cost(request: CompletionRequest | ChatCompletionRequest) -> Cost:
+def estimate_cost(request: CheckedRequest | RelayedRequest) -> Cost:
     """Prompt tokens (counted where they are given as ids, else by length), and the most that may follow."""
-    if isinstance(request, ChatCompletionRequest):
+    if isinstance(request, ChatCompletionRequest | RelayedChatCompletionRequest):
         num_prompts = 1
-        prompt_tokens = sum(
-            _TOKENS_PER_MESSAGE + _text_tokens(message.text) for message in request.messages
-        )
+        prompt_tokens = sum(_TOKENS_PER_MESSAGE + _text_tokens(text) for text in request.texts)
     else:
         num_prompts = len(request.prompts)
         prompt_tokens = sum(
@@ -49,7 +51,7 @@ def estimate_cost(request: CompletionRequest | ChatCompletionRequest) -> Cost:
     return Cost(prompt_tokens * request.num_choices, num_sequences * new_tokens, num_sequences)
 
 
-def check_length(request: CompletionRequest | ChatCompletionRequest, limit: int | None) -> None:
+def check_length(request: CheckedRequest, limit: int | None) -> None:
     """Refuse what cannot fit into ``limit`` tokens (None: any number), whatever the tokenizer makes of it.
 
     Raises:

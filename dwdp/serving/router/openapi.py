@@ -8,7 +8,6 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from dwdp._version import __version__
-from dwdp.serving.openai.requests import ChatCompletionRequest, CompletionRequest
 from dwdp.serving.openai.responses import (
     ChatCompletion,
     Completion,
@@ -24,7 +23,6 @@ _SCHEMAS: tuple[type[BaseModel], ...] = (
     Model,
     ModelList,
 )
-_REQUESTS: tuple[type[BaseModel], ...] = (ChatCompletionRequest, CompletionRequest)
 
 _ERRORS = {
     400: "The request is malformed, or asks for what is not supported.",
@@ -43,19 +41,22 @@ _READ_ERRORS = (401, 404, 405, 408, 431)
 _WRITE_ERRORS = tuple(_ERRORS)
 
 
-def openapi_document(model: str, *, needs_key: bool) -> dict[str, Any]:
+def openapi_document(
+    model: str, completion: type[BaseModel], chat: type[BaseModel], *, needs_key: bool
+) -> dict[str, Any]:
     """OpenAPI 3.1.
 
     Args:
         model: what requests have to call the model.
+        completion, chat: what the two paths that generate text are asked.
         needs_key: whether clients have to send an API key.
     """
     _, definitions = models_json_schema(
-        [(model, "validation") for model in _REQUESTS]
-        + [(model, "serialization") for model in _SCHEMAS],
+        [(request, "validation") for request in (chat, completion)]
+        + [(schema, "serialization") for schema in _SCHEMAS],
         ref_template="#/components/schemas/{model}",
     )
-    for request in _REQUESTS:
+    for request in (chat, completion):
         definitions["$defs"][request.__name__]["properties"]["model"]["enum"] = [model]
     components: dict[str, Any] = {"schemas": definitions["$defs"]}
     document: dict[str, Any] = {
@@ -65,7 +66,7 @@ def openapi_document(model: str, *, needs_key: bool) -> dict[str, Any]:
             "version": __version__,
             "description": "OpenAI-compatible inference over the independent ranks of a DWDP group.",
         },
-        "paths": _paths(),
+        "paths": _paths(completion, chat),
         "components": components,
     }
     if needs_key:
@@ -74,7 +75,7 @@ def openapi_document(model: str, *, needs_key: bool) -> dict[str, Any]:
     return document
 
 
-def _paths() -> dict[str, Any]:
+def _paths(completion: type[BaseModel], chat: type[BaseModel]) -> dict[str, Any]:
     model_id = {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "/v1/models": {"get": _read("The model that is served.", ModelList)},
@@ -83,11 +84,9 @@ def _paths() -> dict[str, Any]:
             "get": _read("One model.", Model),
         },
         "/v1/completions": {
-            "post": _write("Continue one or several prompts.", CompletionRequest, Completion)
+            "post": _write("Continue one or several prompts.", completion, Completion)
         },
-        "/v1/chat/completions": {
-            "post": _write("Answer a conversation.", ChatCompletionRequest, ChatCompletion)
-        },
+        "/v1/chat/completions": {"post": _write("Answer a conversation.", chat, ChatCompletion)},
         "/health/live": {"get": _probe("Whether the router runs.", (200,))},
         "/health/ready": {"get": _probe("Whether any rank takes requests.", (200, 503))},
         "/health": {"get": _probe("The state of every rank.", (200, 503))},

@@ -49,6 +49,7 @@ class Service:
     Args:
         model: what requests call the model.
         keys: API keys; none: everybody who can connect may ask.
+        relays: whether ranks check requests themselves, and may know more options than dwdp's own.
         announce: called with the base URL and the number of ranks when requests are taken.
 
     Raises:
@@ -64,6 +65,7 @@ class Service:
         host: str,
         port: int,
         keys: Sequence[str] = (),
+        relays: bool = False,
         watch: Watch | None = None,
         announce: Callable[[str, int], object] = lambda url, num_ranks: None,
     ) -> None:
@@ -76,7 +78,7 @@ class Service:
         self._is_ending = False
         self._table = RankTable.of_size(launcher.num_ranks)
         self._supervisor = Supervisor(launcher, self._table, watch=watch)
-        self._router = Router(self._table, model, settings, ApiKeys(keys))
+        self._router = Router(self._table, model, settings, ApiKeys(keys), relays=relays)
         self._listener = listen(host, port)
         if not keys and not is_loopback(self._listener):
             log.warning("%s can be reached from other machines, without an API key", host)
