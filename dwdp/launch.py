@@ -7,7 +7,8 @@ over the others.
 | variable | meaning |
 | --- | --- |
 | DWDP_RANK, DWDP_WORLD_SIZE | this process's rank and the number of ranks |
-| DWDP_RENDEZVOUS | host:port of the group's store |
+| DWDP_RENDEZVOUS | host:port of the group's store; unix:NAME for one that dwdp serves its own ranks |
+| DWDP_STORE_TOKEN | what a rank presents to a store at unix:NAME |
 | DWDP_STORE_IS_SERVED | 1: the launcher serves the store; otherwise rank 0 does |
 | DWDP_INCARNATION | how often this rank was started before; above 0 it takes the place of a dead one |
 | DWDP_ATTEMPT | keeps apart what meets at one store: groups side by side, ranks started again |
@@ -18,14 +19,17 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 DWDP_RANK = "DWDP_RANK"
 DWDP_WORLD_SIZE = "DWDP_WORLD_SIZE"
 DWDP_RENDEZVOUS = "DWDP_RENDEZVOUS"
 DWDP_STORE_IS_SERVED = "DWDP_STORE_IS_SERVED"
+DWDP_STORE_TOKEN = "DWDP_STORE_TOKEN"
 DWDP_INCARNATION = "DWDP_INCARNATION"
 DWDP_ATTEMPT = "DWDP_ATTEMPT"
+
+UNIX_SCHEME = "unix:"
 
 _RANK_VARIABLES = (
     ("dwdp", DWDP_RANK, DWDP_WORLD_SIZE),
@@ -33,9 +37,10 @@ _RANK_VARIABLES = (
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("mpirun", "PMI_RANK", "PMI_SIZE"),
 )
+_HYDRA_LOCAL_RANK = "MPI_LOCALRANKID"
 _LOCAL_RANK_VARIABLES = {
     "torchrun": ("LOCAL_RANK",),
-    "mpirun": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+    "mpirun": ("OMPI_COMM_WORLD_LOCAL_RANK", _HYDRA_LOCAL_RANK),
     "srun": ("SLURM_LOCALID",),
 }
 _JOB_VARIABLES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID", "SLURM_STEP_ID")
@@ -63,10 +68,13 @@ _LAUNCHER_VARIABLES = frozenset(
         "MASTER_PORT",
     }
 )
-# What users and container images set for any MPI program: which transports and collectives it may use.
+# What users and container images set for any MPI program: which transports and collectives it may use, and
+# on how few slots it may start others.
 _KEPT_PREFIXES = (
     "OMPI_ALLOW_RUN_AS_ROOT",
-    *(f"OMPI_MCA_{part}" for part in ("btl", "coll", "io", "mtl", "opal", "osc", "pml")),
+    *(f"OMPI_MCA_{part}" for part in ("btl", "coll", "io", "mtl", "opal", "osc", "pml", "rmaps")),
+    "PRTE_MCA_rmaps",
+    "PMIX_MCA_gds",
 )
 
 
@@ -82,11 +90,12 @@ class LaunchInfo:
         launcher: ``"dwdp"``, ``"torchrun"``, ``"mpirun"`` or ``"srun"``.
         rank: 0 to size - 1.
         size: ranks started together.
-        host, port: where the group's store is, or will be.
+        host, port: where the group's store is, or will be; not for one that has a socket.
         store_is_served: whether somebody outside the group serves the store; otherwise rank 0 does.
         attempt: ranks of different attempts do not meet, though their store may be the same: how often
             the launcher has started the ranks before, or what DWDP_ATTEMPT says.
         incarnation: how often this rank alone was started before, while the others went on.
+        socket, token: the abstract unix socket of a store on this machine, and what it has to be shown.
     """
 
     launcher: str
@@ -97,6 +106,13 @@ class LaunchInfo:
     store_is_served: bool
     attempt: int = 0
     incarnation: int = 0
+    socket: str = ""
+    token: str = field(default="", repr=False)
+
+    @property
+    def rendezvous(self) -> str:
+        """The store's address, as DWDP_RENDEZVOUS takes it."""
+        return f"{UNIX_SCHEME}{self.socket}" if self.socket else f"{self.host}:{self.port}"
 
 
 def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | None:
@@ -109,7 +125,8 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | Non
     if found is None:
         return None
     launcher, rank, size = found
-    host, port = _rendezvous(environ, launcher)
+    name = _socket_name(environ)
+    host, port = ("", 0) if name else _rendezvous(environ, launcher)
     # The agent of torchrun serves a store at its own address, not at one that the user names.
     served = (
         environ.get(DWDP_STORE_IS_SERVED) == "1"
@@ -119,7 +136,10 @@ def discover_launch(environ: Mapping[str, str] = os.environ) -> LaunchInfo | Non
     attempt_key = "TORCHELASTIC_RESTART_COUNT" if launcher == "torchrun" else DWDP_ATTEMPT
     attempt = _number(environ, launcher, attempt_key) if attempt_key in environ else 0
     incarnation = _number(environ, launcher, DWDP_INCARNATION) if DWDP_INCARNATION in environ else 0
-    return LaunchInfo(launcher, rank, size, host, port, served, attempt, incarnation)
+    token = environ.get(DWDP_STORE_TOKEN, "")
+    return LaunchInfo(
+        launcher, rank, size, host, port, served or bool(name), attempt, incarnation, name, token
+    )
 
 
 def find_rank(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] | None:
@@ -132,6 +152,8 @@ def find_rank(environ: Mapping[str, str] = os.environ) -> tuple[str, int, int] |
     if found is None:
         return None
     launcher, rank_key, size_key = found
+    if launcher == "srun" and environ.get(size_key) == "1":
+        return None  # A shell in an allocation is a step of one task.
     rank, size = _number(environ, launcher, rank_key), _number(environ, launcher, size_key)
     if not 0 <= rank < size:
         raise LaunchError(
@@ -168,12 +190,17 @@ def without_launcher(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _find_launcher(environ: Mapping[str, str]) -> tuple[str, str, str] | None:
-    for launcher, rank_key, size_key in _RANK_VARIABLES:
-        if rank_key in environ:
-            return launcher, rank_key, size_key
     # salloc and sbatch set SLURM_PROCID too; only a step started by srun has a step's id.
-    if "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ:
-        return "srun", "SLURM_PROCID", "SLURM_NTASKS"
+    is_step = "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ
+    for launcher, rank_key, size_key in _RANK_VARIABLES:
+        # srun --mpi=pmi2 sets the PMI's variables as well, and says more about the rank in its own.
+        is_sruns = rank_key == "PMI_RANK" and is_step and _HYDRA_LOCAL_RANK not in environ
+        if rank_key in environ and not is_sruns:
+            return launcher, rank_key, size_key
+    if is_step:
+        # A step may have fewer tasks than the allocation was made for.
+        size_key = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+        return "srun", "SLURM_PROCID", size_key
     return None
 
 
@@ -185,6 +212,12 @@ def _number(environ: Mapping[str, str], launcher: str, key: str) -> int:
         return int(text)
     except ValueError:
         raise LaunchError(f"{key}={text!r} (set by {launcher}) is not a number") from None
+
+
+def _socket_name(environ: Mapping[str, str]) -> str:
+    """Of the store that dwdp serves its own ranks; empty for one that has a host and a port."""
+    address = environ.get(DWDP_RENDEZVOUS, "")
+    return address.removeprefix(UNIX_SCHEME) if address.startswith(UNIX_SCHEME) else ""
 
 
 def _rendezvous(environ: Mapping[str, str], launcher: str) -> tuple[str, int]:
@@ -199,9 +232,10 @@ def _rendezvous(environ: Mapping[str, str], launcher: str) -> tuple[str, int]:
     if not job:
         raise LaunchError(f"{launcher} names no job; set {DWDP_RENDEZVOUS}=host:port on every rank")
     num_nodes = environ.get("SLURM_STEP_NUM_NODES", environ.get("SLURM_NNODES", "1"))
-    local_size, size = "OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_SIZE"
-    if launcher == "mpirun" and environ.get(local_size, "") != environ.get(size, ""):
-        num_nodes = "several" if local_size in environ else num_nodes
+    local_size = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    if launcher == "mpirun" and local_size is not None:
+        # It may use less than its allocation has.
+        num_nodes = "1" if local_size == environ.get("OMPI_COMM_WORLD_SIZE") else "several"
     if num_nodes != "1":
         raise LaunchError(
             f"{launcher} runs on {num_nodes} nodes; set {DWDP_RENDEZVOUS}=host:port on every rank, "

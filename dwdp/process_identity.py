@@ -1,9 +1,13 @@
-"""Which process is meant, and whether it still runs: known from outside, through /proc."""
+"""Which process is meant, whether it still runs, and whose it is: known from outside, from the kernel."""
 
 from __future__ import annotations
 
 import os
+import socket
+import struct
 from dataclasses import dataclass
+
+_PEER_CREDENTIALS = struct.Struct("3i")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,15 @@ class ProcessIdentity:
     def is_alive(self) -> bool:
         """Whether the process, which must be visible to this one, still runs. A zombie is dead."""
         return _start_ticks(self.pid) == self.start_ticks
+
+
+def is_own_user(connection: socket.socket) -> bool:
+    """Whether a process of this process's user is at the other end of a unix socket."""
+    credentials = connection.getsockopt(
+        socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size
+    )
+    _, user, _ = _PEER_CREDENTIALS.unpack(credentials)
+    return bool(user == os.geteuid())
 
 
 def _start_ticks(pid: int) -> int | None:

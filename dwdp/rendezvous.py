@@ -1,4 +1,8 @@
-"""Where the ranks of a group meet: a TCPStore, served or connected to, and the failure recorded in it."""
+"""Where the ranks of a group meet: a store, served or connected to, and the failure recorded in it.
+
+Ranks that dwdp starts itself meet at a :class:`~dwdp.local_store.LocalStoreServer` of the process that
+starts them; ranks of a launcher, who may be on several hosts, at a TCPStore.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from dwdp.launch import LaunchInfo
+from dwdp.local_store import LocalStoreClient, PrefixedStore
 
 _POLL_S = 0.02
 _HANDSHAKE_S = 8.0
@@ -82,6 +87,8 @@ def connect_store(launch: LaunchInfo, patience_s: float) -> Any:
     Raises:
         GroupError: nothing listens there within ``patience_s`` seconds, or it is no such store.
     """
+    if launch.socket:
+        return _connect_local_store(launch)
     from torch.distributed import TCPStore
 
     where = f"{launch.host}:{launch.port}"
@@ -117,11 +124,20 @@ def connect_store(launch: LaunchInfo, patience_s: float) -> Any:
     return connected[0]
 
 
-def prefixed(store: Any, attempt: int = 0) -> Any:
-    """The part of ``store`` that the ranks of one attempt use (a launcher may start them again)."""
-    from torch.distributed import PrefixStore
+def _connect_local_store(launch: LaunchInfo) -> LocalStoreClient:
+    # It was there before this process was started.
+    try:
+        return LocalStoreClient(launch.socket, launch.token)
+    except (OSError, RuntimeError) as error:
+        raise GroupError(
+            f"rank {launch.rank} cannot reach the group's store {launch.socket}: {error}. Does the process "
+            "that started this rank still run?"
+        ) from error
 
-    return PrefixStore(f"{_STORE_PREFIX}/{attempt}", store)
+
+def prefixed(store: Any, attempt: int = 0) -> PrefixedStore:
+    """The part of ``store`` that the ranks of one attempt use (a launcher may start them again)."""
+    return PrefixedStore(f"{_STORE_PREFIX}/{attempt}", store)
 
 
 def report_failure(store: Any, rank: int, message: str, *, bad_input: bool = False) -> None:

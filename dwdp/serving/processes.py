@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from types import TracebackType
 
 from dwdp.config import DwdpConfig
+from dwdp.local_store import LocalStoreServer
 from dwdp.rendezvous import prefixed, report_failure, serve_store
 from dwdp.serving.dispatcher import SetupFailed
-from dwdp.serving.environment import rank_environment
+from dwdp.serving.environment import rank_command, rank_environment
 from dwdp.serving.rank import EXIT_PEER_FAILED, RankJob
 
 HOST = "127.0.0.1"
@@ -21,16 +20,6 @@ _FAILURE_S = 2.0
 _TERMINATE_S = 2.0
 _EXIT_S = 1.0
 _POLL_S = 0.02
-
-# The parent's module search path is handed on, so that a rank imports the same dwdp wherever it runs.
-_PROGRAM = """\
-import sys
-sys.path[:] = sys.argv[2].split("\\n")
-from dwdp.serving.lifetime import end_with_parent
-end_with_parent(int(sys.argv[1]))
-from dwdp.serving.rank import main
-sys.exit(main())
-"""
 
 
 class RankProcesses:
@@ -41,7 +30,8 @@ class RankProcesses:
 
     Args:
         config: of the group.
-        port: of the group's store, on the loopback interface; 0 takes a free one.
+        port: of a TCPStore on the loopback interface, where any user's processes may connect. 0: the ranks
+            meet at a socket that only this group's processes are let into.
 
     Raises:
         GroupError: the port is taken.
@@ -49,7 +39,9 @@ class RankProcesses:
 
     def __init__(self, config: DwdpConfig, *, port: int = 0) -> None:
         self._config = config
-        self._store = serve_store(HOST, port, config.dwdp_size)
+        self._local_store = None if port else LocalStoreServer()
+        self._store = self._local_store or serve_store(HOST, port, config.dwdp_size)
+        self._port = port
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended: set[int] = set()
 
@@ -75,6 +67,9 @@ class RankProcesses:
             num_threads: compute threads of each rank.
             dispatcher, token: where each connects, and what it proves itself with.
         """
+        rendezvous, store_token = f"{HOST}:{self._port}", ""
+        if self._local_store is not None:
+            rendezvous, store_token = self._local_store.address, self._local_store.token
         job = RankJob(
             dispatcher=dispatcher,
             token=token,
@@ -86,11 +81,12 @@ class RankProcesses:
         )
         for rank in range(self._config.dwdp_size):
             process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(os.getpid()), "\n".join(sys.path)],
+                rank_command("dwdp.serving.rank"),
                 env=rank_environment(
                     rank,
                     self._config.dwdp_size,
-                    rendezvous=f"{HOST}:{self._store.port}",
+                    rendezvous=rendezvous,
+                    store_token=store_token,
                     incarnation=0,
                     num_threads=num_threads,
                 ),
@@ -142,6 +138,8 @@ class RankProcesses:
             if process.poll() is None:
                 process.kill()
                 process.wait()
+        if self._local_store is not None:
+            self._local_store.close()
 
     def __enter__(self) -> RankProcesses:
         return self

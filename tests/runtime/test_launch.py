@@ -83,6 +83,43 @@ def test_a_batch_script_is_not_a_rank() -> None:
     assert discover_launch(batch) is None
 
 
+def test_a_shell_in_an_allocation_is_not_a_rank() -> None:
+    """salloc starts it as a step of one task and leaves the allocation's number of tasks."""
+    assert discover_launch({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+def test_a_step_may_have_fewer_tasks_than_its_allocation() -> None:
+    launch = discover_launch({**SRUN, "SLURM_STEP_NUM_TASKS": "2"})
+    assert launch is not None and launch.size == 2
+
+
+def test_srun_with_pmi2_is_srun() -> None:
+    environ = {**SRUN, "PMI_RANK": "0", "PMI_SIZE": "4", "SLURM_LOCALID": "0"}
+    launch = discover_launch(environ)
+    assert launch is not None and launch.launcher == "srun"
+    hydra = discover_launch({**environ, "MPI_LOCALRANKID": "0"})
+    assert hydra is not None and hydra.launcher == "mpirun"
+
+
+def test_mpirun_on_one_node_of_a_larger_allocation() -> None:
+    environ = {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_NNODES": "2"}
+    launch = discover_launch(environ)
+    assert launch is not None and launch.host == "127.0.0.1"
+
+
+def test_a_store_of_this_machine_has_a_name_and_a_token() -> None:
+    own = {
+        "DWDP_RANK": "0",
+        "DWDP_WORLD_SIZE": "2",
+        "DWDP_RENDEZVOUS": "unix:dwdp-store-7",
+        "DWDP_STORE_TOKEN": "secret",
+    }
+    launch = discover_launch(own)
+    assert launch is not None and launch.store_is_served
+    assert (launch.socket, launch.token) == ("dwdp-store-7", "secret")
+    assert launch.rendezvous == "unix:dwdp-store-7" and "secret" not in repr(launch)
+
+
 def test_own_launcher_wins_over_an_allocation_around_it() -> None:
     own = {
         "DWDP_RANK": "2",

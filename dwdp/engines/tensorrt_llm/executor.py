@@ -24,9 +24,9 @@ from dwdp.engines.tensorrt_llm.arguments import config_of
 from dwdp.engines.tensorrt_llm.rank_proxy import Rank
 from dwdp.engines.tensorrt_llm.rank_session import RankSession, check_not_starting
 from dwdp.launch import DWDP_RANK, without_launcher
-from dwdp.rendezvous import PeerFailure, serve_store
+from dwdp.local_store import LocalStoreServer
+from dwdp.rendezvous import PeerFailure
 
-_HOST = "127.0.0.1"
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 _AUTOTUNER_CACHE = "TLLM_AUTOTUNER_CACHE_PATH"
 _FAREWELL_S = 15.0
@@ -189,9 +189,9 @@ def _start_proxies(
 ) -> list[Any]:
     """TensorRT-LLM's executor for each rank, with a worker that is ready."""
     # Where the ranks meet while they set up.
-    store = serve_store(_HOST, 0, config.dwdp_size)
+    store = LocalStoreServer()
     environ = launch.environment_of(llm_args)
-    own = _rank_variables(config.dwdp_size, f"{_HOST}:{store.port}", environ)
+    own = _rank_variables(config.dwdp_size, store, environ)
     shared = {**without_launcher(environ), launch.DWDP_PREPARED: "1"}
 
     def start(number: int, session: RankSession) -> Any:
@@ -206,7 +206,10 @@ def _start_proxies(
             is_llm_executor=False,
         )
 
-    return start_together([RankSession({**shared, **variables}) for variables in own], start)
+    try:
+        return start_together([RankSession({**shared, **variables}) for variables in own], start)
+    finally:
+        store.close()
 
 
 def start_together(
@@ -269,7 +272,7 @@ def _refuse(config: DwdpConfig, llm_args: Any) -> None:
 
 
 def _rank_variables(
-    num_ranks: int, rendezvous: str, environ: Mapping[str, str]
+    num_ranks: int, store: LocalStoreServer, environ: Mapping[str, str]
 ) -> list[dict[str, str]]:
     """For each rank, what its environment has that the others' have not.
 
@@ -279,7 +282,9 @@ def _rank_variables(
     devices = _devices(num_ranks, environ)
     found = []
     for number in range(num_ranks):
-        place = launch.RankPlace(number, num_ranks, rendezvous, is_served=True)
+        place = launch.RankPlace(
+            number, num_ranks, store.address, is_served=True, token=store.token
+        )
         variables = {**place.variables(), launch.DWDP_SERVER_PID: str(os.getpid())}
         if devices:
             variables[_VISIBLE_DEVICES] = devices[number]

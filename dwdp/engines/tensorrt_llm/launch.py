@@ -21,8 +21,10 @@ import re
 import select
 import sys
 import threading
+import time
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dwdp.launch import (
@@ -31,6 +33,7 @@ from dwdp.launch import (
     DWDP_RANK,
     DWDP_RENDEZVOUS,
     DWDP_STORE_IS_SERVED,
+    DWDP_STORE_TOKEN,
     DWDP_WORLD_SIZE,
     LaunchError,
     discover_launch,
@@ -50,6 +53,7 @@ DWDP_SUPERVISOR_PID = "DWDP_SUPERVISOR_PID"
 INSTANCE_INDEX = "TLLM_DISAGG_INSTANCE_IDX"
 """Set by ``trtllm-serve disaggregated_mpi_worker``: the number of the server in its file, contexts first."""
 
+_POLL_S = 0.5
 _VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 _OTHER_COMMANDS = ("disaggregated", "disaggregated_mpi_worker", "mm_embedding_serve")
 _YAML_OPTIONS = ("--config", "--extra_llm_api_options")
@@ -63,7 +67,7 @@ class RankPlace:
     Attributes:
         rank, size: in its group.
         group: which of the launcher's groups; it has ``num_groups``.
-        rendezvous: host:port of the store where the group meets.
+        rendezvous, token: address of the store where the group meets, and what it has to be shown.
         is_served: whether a process outside the group serves the store; otherwise the group's rank 0 does.
         attempt: keeps this group's keys apart from others' in the same store.
         incarnation: how often this rank was started in its group before.
@@ -77,6 +81,7 @@ class RankPlace:
     is_served: bool = False
     attempt: int = 0
     incarnation: int = 0
+    token: str = field(default="", repr=False)
 
     def variables(self) -> dict[str, str]:
         """The environment that tells a worker this place."""
@@ -85,6 +90,7 @@ class RankPlace:
             DWDP_WORLD_SIZE: str(self.size),
             DWDP_RENDEZVOUS: self.rendezvous,
             DWDP_STORE_IS_SERVED: str(int(self.is_served)),
+            DWDP_STORE_TOKEN: self.token,
             DWDP_ATTEMPT: str(self.attempt),
             DWDP_INCARNATION: str(self.incarnation),
         }
@@ -263,7 +269,8 @@ def rank_of_process(
     return RankPlace(
         rank=own_rank,
         size=config.dwdp_size,
-        rendezvous=f"{launch.host}:{launch.port}",
+        rendezvous=launch.rendezvous,
+        token=launch.token,
         group=group,
         num_groups=config.num_groups,
         # All groups meet at one store, which rank 0 of the first one serves unless somebody else does.
@@ -324,18 +331,29 @@ def end_with_server(environ: Mapping[str, str] = os.environ) -> None:
     pid = int(environ.get(DWDP_SERVER_PID, "0"))
     if pid in (0, os.getpid()):
         return
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        os._exit(1)
 
     def wait() -> None:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        poll.poll()
+        _wait_for_end(pid)
         os._exit(1)
 
     threading.Thread(target=wait, name="dwdp-server", daemon=True).start()
+
+
+def _wait_for_end(pid: int) -> None:
+    """Return when there is no process ``pid``."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    except OSError:  # A kernel before 5.3, or a container that does not allow the call.
+        with suppress(ProcessLookupError):
+            while True:
+                os.kill(pid, 0)
+                time.sleep(_POLL_S)
+        return
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.poll()
 
 
 def group_devices(num_ranks: int, num_devices: int, environ: Mapping[str, str]) -> list[str]:

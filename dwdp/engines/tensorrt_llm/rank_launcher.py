@@ -7,18 +7,22 @@ launcher in its environment.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
+import random
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dwdp.config import DwdpConfig
 from dwdp.engines.tensorrt_llm.launch import DWDP_SUPERVISOR_PID, group_devices
 from dwdp.engines.tensorrt_llm.rank_stats import STATS_PATH
-from dwdp.rendezvous import GroupError, prefixed, report_failure, report_loss, serve_store
+from dwdp.local_store import LocalStoreServer
+from dwdp.rendezvous import GroupError, prefixed, report_failure, report_loss
 from dwdp.serving.dispatcher import BadInput, SetupFailed
 from dwdp.serving.environment import rank_environment
 from dwdp.serving.router.service import Service
@@ -31,6 +35,8 @@ EXIT_BAD_INPUT = 2
 EXIT_PEER_FAILED = 3
 
 HOST = "127.0.0.1"
+_FIRST_PORT = 10000
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _HEALTH = "/health"
 _API_KEYS = "DWDP_API_KEY"
 _LOADING_S = 3600.0
@@ -53,23 +59,24 @@ class TrtllmRanks:
         self.num_ranks = config.dwdp_size
         self._command = list(command)
         self._devices = list(devices)
-        self._store: Any = None
+        self._ports: dict[int, int] = {}
+        self._store: LocalStoreServer | None = None
 
     def new_group(self) -> None:
-        """Serve a fresh store on a free port; the store before goes with its group.
-
-        Raises:
-            GroupError: there is no free port.
-        """
-        self._store = serve_store(HOST, 0, self.num_ranks)
+        """Serve a fresh store; the store before goes with its group."""
+        if self._store is not None:
+            self._store.close()
+        self._store = LocalStoreServer()
 
     def start(self, rank: int, incarnation: int) -> RankStart:
         """See :class:`~dwdp.serving.supervisor.interface.RankLauncher`."""
-        port = _free_port()
+        assert self._store is not None
+        port = self._ports[rank] = _free_port(self._ports.values())
         environment = rank_environment(
             rank,
             self.num_ranks,
-            rendezvous=f"{HOST}:{self._store.port}",
+            rendezvous=self._store.address,
+            store_token=self._store.token,
             incarnation=incarnation,
             num_threads=None,
         )
@@ -160,7 +167,22 @@ def _device_count() -> int:
     return torch.cuda.device_count()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+def _free_port(given: Collection[int]) -> int:
+    """A port that the kernel gives to no other socket by itself: a rank binds it a minute later.
+
+    Raises:
+        OSError: none is free.
+    """
+    first, last = map(int, _EPHEMERAL_PORTS.read_text().split())
+    candidates = [*range(_FIRST_PORT, first), *range(last + 1, 1 << 16)]
+    random.shuffle(candidates)
+    for port in candidates:
+        if port in given:
+            continue
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind((HOST, port))
+            return port
+    raise OSError(
+        errno.EADDRINUSE,
+        f"no free port outside the ephemeral ones ({first} to {last}, {_EPHEMERAL_PORTS})",
+    )

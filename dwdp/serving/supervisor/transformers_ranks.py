@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
 from pathlib import Path
-from typing import Any
 
 from dwdp.config import DwdpConfig
-from dwdp.rendezvous import prefixed, report_failure, report_loss, serve_store
-from dwdp.serving.environment import rank_environment
+from dwdp.local_store import LocalStoreServer
+from dwdp.rendezvous import prefixed, report_failure, report_loss
+from dwdp.serving.environment import rank_command, rank_environment
 from dwdp.serving.rank_server.job import EXIT_BAD_INPUT, EXIT_PEER_FAILED, RankServerJob
 from dwdp.serving.rank_server.options import RankOptions
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
-
-HOST = "127.0.0.1"
-
-# The parent's module search path is handed on, so that a rank imports the same dwdp wherever it runs.
-_PROGRAM = """\
-import sys
-sys.path[:] = sys.argv[2].split("\\n")
-from dwdp.serving.lifetime import end_with_parent
-end_with_parent(int(sys.argv[1]))
-from dwdp.serving.rank_server.process import main
-sys.exit(main())
-"""
 
 
 class TransformersRanks:
@@ -60,18 +47,17 @@ class TransformersRanks:
         self._device = device
         self._num_threads = num_threads
         self._token = secrets.token_hex(16)
-        self._store: Any = None
+        self._store: LocalStoreServer | None = None
 
     def new_group(self) -> None:
-        """Serve a fresh store on a free port; the store before goes with its group.
-
-        Raises:
-            GroupError: there is no free port.
-        """
-        self._store = serve_store(HOST, 0, self.num_ranks)
+        """Serve a fresh store; the store before goes with its group."""
+        if self._store is not None:
+            self._store.close()
+        self._store = LocalStoreServer()
 
     def start(self, rank: int, incarnation: int) -> RankStart:
         """See :class:`~dwdp.serving.supervisor.interface.RankLauncher`."""
+        assert self._store is not None
         endpoint = RankEndpoint(
             socket=f"dwdp-rank-{secrets.token_hex(8)}",
             headers={"Authorization": f"Bearer {self._token}"},
@@ -90,11 +76,12 @@ class TransformersRanks:
             parent_pid=os.getpid(),
         )
         return RankStart(
-            arguments=[sys.executable, "-c", _PROGRAM, str(os.getpid()), "\n".join(sys.path)],
+            arguments=rank_command("dwdp.serving.rank_server.process"),
             environment=rank_environment(
                 rank,
                 self.num_ranks,
-                rendezvous=f"{HOST}:{self._store.port}",
+                rendezvous=self._store.address,
+                store_token=self._store.token,
                 incarnation=incarnation,
                 num_threads=self._num_threads,
             ),
