@@ -4,6 +4,8 @@
 #   VENV=DIR            where the virtual environment is
 #   CXX=clang++         C++17 compiler of the native module
 #   TORCH_INDEX=URL     further package index, for a CPU build of torch (see CONTRIBUTING.md)
+#                       PYTHON, CXX and TORCH_INDEX are remembered with the virtual environment; another
+#                       PYTHON or TORCH_INDEX makes it anew, another CXX rebuilds the native module
 #   TRTLLM_SOURCE=DIR   checkout of TensorRT-LLM, for test-trtllm
 #   TRTLLM_VENV=DIR     where the virtual environment of test-trtllm is
 #   PYTEST_ARGS='-k x'  more arguments for pytest
@@ -13,17 +15,28 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3
 VENV ?= .venv
-TORCH_INDEX ?=
+RECORD := $(VENV)/.settings.mk
+-include $(RECORD)
+RECORDED_PYTHON ?= python3
+RECORDED_TORCH_INDEX ?=
+RECORDED_CXX ?=
+PYTHON ?= $(RECORDED_PYTHON)
+TORCH_INDEX ?= $(RECORDED_TORCH_INDEX)
 TRTLLM_SOURCE ?=
 TRTLLM_VENV ?= .venv-trtllm
 PYTEST_ARGS ?=
 GPU_REPORT_ARGS ?=
 ifeq ($(origin CXX),default)
-CXX := $(firstword $(foreach name,g++ clang++ c++,$(shell command -v $(name))) g++)
+CXX := $(or $(RECORDED_CXX),$(firstword $(foreach name,g++ clang++ c++,$(shell command -v $(name))) g++))
 endif
 export CXX
+
+# Empty unless the virtual environment was made with another interpreter or index: then its packages cannot stay.
+MADE_OTHERWISE := $(if $(filter-out x$(RECORDED_PYTHON),x$(PYTHON))$(filter-out x$(RECORDED_TORCH_INDEX),x$(TORCH_INDEX)),yes)
+# The same for the native module; nothing is known of one that was built before there was a record.
+BUILT_OTHERWISE := $(if $(RECORDED_CXX),$(filter-out x$(RECORDED_CXX),x$(CXX)))
+HASH := \#
 
 PY := $(VENV)/bin/python
 PIP_OPTIONS := --disable-pip-version-check --no-input install \
@@ -42,7 +55,7 @@ NATIVE_STAMP := $(VENV)/.native
 NATIVE_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh')
 CXX_FILES := find csrc tests/native tests/cuda -name '*.cpp' -o -name '*.hpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: help setup toolchain demo test test-trtllm test-asan test-tsan lint format bench bench-serve gpu-report clean distclean
+.PHONY: FORCE help setup toolchain demo test test-trtllm test-asan test-tsan lint format bench bench-serve gpu-report clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -64,21 +77,30 @@ toolchain:
 	  | $(CXX) -std=c++17 -x c++ -fsyntax-only - 2> /dev/null || { echo "error: $(CXX) is not a C++17" \
 	  "compiler: install g++ (Debian, Ubuntu) or gcc-c++ (Fedora), or name one with CXX=..." >&2; exit 1; }
 
-$(PACKAGES_STAMP): pyproject.toml setup.py constraints.txt dwdp/_version.py
+# dwdp/engines/tensorrt_llm/startup.py is copied to where packages are.
+$(PACKAGES_STAMP): pyproject.toml setup.py constraints.txt dwdp/_version.py \
+		dwdp/engines/tensorrt_llm/startup.py $(if $(MADE_OTHERWISE),FORCE)
 	@$(MAKE) --no-print-directory toolchain
 	@echo "[1/3] virtual environment in $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(if $(MADE_OTHERWISE),--clear) $(VENV)
+	@$(if $(MADE_OTHERWISE),rm -rf $(TRTLLM_VENV)) # it has the same interpreter
 	@echo "[2/3] build tools"
 	@$(PIP) setuptools pybind11 | $(PIP_LINES)
 	@echo "[3/3] packages, dwdp and its native module (several minutes the first time)"
 	@$(PIP) --no-build-isolation -e '.[transformers,serve,dev]' | $(PIP_LINES)
+	@$(WRITE_RECORD)
 	@touch $(NATIVE_STAMP) $(PACKAGES_STAMP)
 	@$(VENV)/bin/dwdp --version
 
-$(NATIVE_STAMP): $(NATIVE_SOURCES)
-	@echo "native module: $(words $?) source file(s) changed"
+$(NATIVE_STAMP): $(NATIVE_SOURCES) $(if $(BUILT_OTHERWISE),FORCE)
+	@echo "native module: $(if $(BUILT_OTHERWISE),another compiler,$(words $?) source file(s) changed)"
 	@$(PY) setup.py --quiet build_ext --inplace
+	@$(WRITE_RECORD)
 	@touch $@
+
+# Once what it says is there, so that what is interrupted begins again. An index's address may hold a password.
+WRITE_RECORD = umask 077; printf 'RECORDED_%s := %s\n' PYTHON '$(PYTHON)' \
+	TORCH_INDEX '$(subst $(HASH),\$(HASH),$(TORCH_INDEX))' CXX '$(CXX)' > $(RECORD)
 
 demo: setup ## run the small trained model on 4 ranks, staged and direct
 	@$(PY) examples/demo.py
@@ -130,9 +152,6 @@ bench-serve: setup ## measure dwdp serve against its limits: survival, throughpu
 	@$(PY) benchmarks/serving.py
 
 gpu-report: ## on a GPU: build, run the GPU tests and benchmarks, write benchmarks/results/ (9 minutes)
-	@$(GPU_PY) -c 'import click, psutil, pybind11, pydantic, pytest, pytest_timeout, rich, setuptools, torch, \
-	  transformers, yaml' || { echo "error: $(GPU_PY) lacks a package: make setup, or name an interpreter" \
-	  "that has them with PYTHON=..." >&2; exit 2; }
 	@$(GPU_PY) benchmarks/gpu/report.py $(GPU_REPORT_ARGS)
 
 clean: ## remove build outputs and caches

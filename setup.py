@@ -186,8 +186,16 @@ class BuildNativeCore(build_ext):
                 self.add_cuda(extension, cuda)
         except BuildError as error:
             sys.exit(f"error: {error}\n(DWDP_CUDA=0 builds dwdp without its CUDA fabric)")
-        self.rebuild_if_changed(repr((cuda, extension.sources, extension.define_macros)))
+        compilers = [os.environ.get(name, "") for name in ("CC", "CXX")]
+        configuration = repr((cuda, compilers, extension.sources, extension.define_macros))
+        record = Path(self.build_temp, "configuration.txt")
+        if not record.is_file() or record.read_text() != configuration:
+            self.force = True  # Last built from or for something else.
+            # What an interrupted build leaves behind is of neither configuration.
+            record.unlink(missing_ok=True)
         super().build_extensions()
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(configuration)
 
     def add_cuda(self, extension: Pybind11Extension, cuda: Cuda) -> None:
         extension.define_macros += [
@@ -216,14 +224,6 @@ class BuildNativeCore(build_ext):
             cuda.compile(source, fatbin)
             embedded.write_text(stamp + as_array(f"k{kernel.title()}Image", fatbin.read_bytes()))
         return str(embedded)
-
-    def rebuild_if_changed(self, configuration: str) -> None:
-        """Compile everything when it was last built from or for something else."""
-        last = Path(self.build_temp, "configuration.txt")
-        if not last.is_file() or last.read_text() != configuration:
-            self.force = True
-            last.parent.mkdir(parents=True, exist_ok=True)
-            last.write_text(configuration)
 
 
 class BuildStartupFile(Command):

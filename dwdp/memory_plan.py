@@ -10,7 +10,7 @@ from typing import NamedTuple
 from dwdp.config import DwdpConfig
 from dwdp.group import Group
 from dwdp.layout import TensorLayout, build_layout, is_packed, pack
-from dwdp.pipeline import assign_slots
+from dwdp.pipeline import layer_slots
 from dwdp.placement import build_placement
 from dwdp.system_memory import MemoryPool, memory_pools
 
@@ -32,12 +32,14 @@ class MemoryPlan:
 
     Attributes:
         kv_cache_bytes: key-value cache that every rank sets aside before its first request.
+        reducible: names of the options that take less memory with a lower value, which they can have.
     """
 
     dense_bytes: tuple[int, ...]
     resident_expert_bytes: tuple[int, ...]
     staging_bytes: tuple[int, ...]
     kv_cache_bytes: int = 0
+    reducible: tuple[str, ...] = ()
 
     def parts(self, ranks: Collection[int]) -> dict[str, int]:
         """Bytes that ``ranks`` hold together, by what they are for."""
@@ -86,22 +88,44 @@ def plan_memory(
         packed_bytes + sum(t.resident_bytes(rank) for t in tensors if not is_packed(t))
         for rank in range(size)
     )
-    buffers = _slot_buffers(layers, config) if staged and size > 1 else []
+    needs_slots = staged and size > 1
+    buffers = _slot_buffers(layers, config) if needs_slots else []
     staging = tuple(
         sum(layouts[tensor].slot_bytes(rank) for tensor in buffers) for rank in range(size)
     )
-    return MemoryPlan((dense_bytes,) * size, resident, staging, kv_cache_bytes)
+    reducible = [
+        *(["num_experts_per_worker"] if _can_store_less(layouts, config) else []),
+        *(["num_slots"] if needs_slots and _can_have_fewer_slots(len(layers), config) else []),
+        *(["kv_cache_tokens"] if kv_cache_bytes else []),
+    ]
+    return MemoryPlan((dense_bytes,) * size, resident, staging, kv_cache_bytes, tuple(reducible))
+
+
+def _can_store_less(sizes: Collection[ExpertTensorSize], config: DwdpConfig) -> bool:
+    """Whether every expert would still be stored if each rank stored one fewer of each layer."""
+    stored, size = config.num_experts_per_worker, config.dwdp_size
+    if stored is None:
+        return False
+    for num_experts in {tensor.num_experts for tensor in sizes}:
+        needed = -(-num_experts // size)
+        if config.num_prefetch_experts is not None:
+            stride = config.num_prefetch_experts
+            needed = max(stride, num_experts - (size - 1) * stride)
+        if stored <= needed:
+            return False
+    return True
+
+
+def _can_have_fewer_slots(num_layers: int, config: DwdpConfig) -> bool:
+    fewest = layer_slots(num_layers, config.model_copy(update={"num_slots": 2}))
+    return max(fewest, default=0) < max(layer_slots(num_layers, config), default=0)
 
 
 def _slot_buffers(
     layers: Sequence[Sequence[ExpertTensorSize]], config: DwdpConfig
 ) -> list[ExpertTensorSize]:
     """The buffers of all slots. Layers of one slot share buffers, tensors of one layer never do."""
-    slots: Sequence[int]
-    if config.fetch_mode == "demand":  # nothing is fetched ahead
-        slots = (0,) * len(layers)
-    else:
-        slots = assign_slots(len(layers), config.num_slots)
+    slots = layer_slots(len(layers), config)
     counts: dict[tuple[int, ExpertTensorSize], int] = {}
     for slot, layer in zip(slots, layers, strict=True):
         for tensor in set(layer):
@@ -151,7 +175,7 @@ def check_group_memory(group_pools: GroupPools, plan: MemoryPlan) -> None:
         if sum(parts.values()) > pool.available_bytes:
             raise NotEnoughMemoryError(
                 f"{len(ranks)} rank(s) need {_gib(sum(parts.values()))}: {_sum_of(parts)}; "
-                f"{_gib(pool.available_bytes)} are available {pool.name}. {_advice(parts)}"
+                f"{_gib(pool.available_bytes)} are available {pool.name}. {_advice(plan, ranks)}"
             )
 
 
@@ -190,15 +214,18 @@ def _sum_of(parts: Mapping[str, int]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def _advice(parts: Collection[str]) -> str:
-    options = ["num_experts_per_worker"]
-    options += ["num_slots"] if "staging slots" in parts else []
-    options += ["kv_cache_tokens"] if "key-value cache" in parts else []
-    *most, last = options
-    text = f"Lower {', '.join(most)} or {last}" if most else f"Lower {last}"
-    if "staging slots" in parts:
-        text += ', set fetch_mode to "direct"'
-    return f"{text}, use fewer ranks, load in a smaller dtype, or free memory"
+def _advice(plan: MemoryPlan, ranks: Collection[int]) -> str:
+    """What would make ``ranks``, which draw on one pool, need less of it."""
+    ways = []
+    if plan.reducible:
+        *most, last = plan.reducible
+        ways.append(f"lower {', '.join(most)} or {last}" if most else f"lower {last}")
+    if any(plan.staging_bytes[rank] for rank in ranks):
+        ways.append('set fetch_mode to "direct"')
+    if len(ranks) > 1:
+        ways.append("use fewer ranks")
+    text = ", ".join([*ways, "load in a smaller dtype", "or free memory"])
+    return text[0].upper() + text[1:]
 
 
 def _gib(num_bytes: int) -> str:

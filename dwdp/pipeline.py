@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dwdp.config import DwdpConfig
 from dwdp.fabric.base import CopyEngine, Event, Fabric
 from dwdp.observability.spans import Span, WaitLog
 
@@ -57,6 +58,13 @@ def assign_slots(num_layers: int, num_slots: int) -> tuple[int, ...]:
     return tuple(slots)
 
 
+def layer_slots(num_layers: int, config: DwdpConfig) -> tuple[int, ...]:
+    """The slot of every layer that ``config`` asks for: one for all where nothing is fetched ahead."""
+    if config.fetch_mode == "demand":
+        return (0,) * num_layers
+    return assign_slots(num_layers, config.num_slots)
+
+
 @dataclass(frozen=True)
 class PipelineStats:
     """Counters since the pipeline was made. Compute that is replayed from a graph is not counted.
@@ -67,7 +75,6 @@ class PipelineStats:
         fetched_bytes: bytes all of those move.
         num_waits: times ``begin`` found a fetch unfinished.
         exposed_wait_s: seconds compute stood still because of that, or during a fetch on demand.
-        num_refetches: fetches started in ``begin`` because their layer was not what came next.
     """
 
     num_fetches: int = 0
@@ -75,7 +82,6 @@ class PipelineStats:
     fetched_bytes: int = 0
     num_waits: int = 0
     exposed_wait_s: float = 0.0
-    num_refetches: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class Pipeline:
         fabric: makes the events.
         engine: moves the bytes.
         layers: prepared fetches, in the order of the forward.
-        slots: the slot of every layer, from :func:`assign_slots`.
+        slots: the slot of every layer, from :func:`layer_slots`.
         demand_max_tokens: steps of at most this many tokens fetch on demand, if their router's choice
             is given: 0 for none, ``inf`` for all.
     """
@@ -133,7 +139,7 @@ class Pipeline:
         self._previous_layer = -1
         self._is_capturing = False
         self._has_captured = False
-        self._num_fetches = self._num_demands = self._num_refetches = self._staged_bytes = 0
+        self._num_fetches = self._num_demands = self._staged_bytes = 0
         self._waits = WaitLog()
 
     @property
@@ -150,7 +156,6 @@ class Pipeline:
             num_waits=sum(event.num_waits for event in self._ready),
             exposed_wait_s=sum((event.waited_s for event in self._ready), 0.0)
             + self._engine.demand_waited_s,
-            num_refetches=self._num_refetches,
         )
 
     def drain_spans(self) -> list[Span]:
@@ -241,10 +246,13 @@ class Pipeline:
             self._staged = [None] * len(self._staged)
 
     def _refetch(self, layer: int) -> None:
-        """Fetch a layer that did not come next, and the ones after it into slots that hold nothing."""
-        self._num_refetches += 1
-        for upcoming in range(layer, min(layer + self.num_slots, len(self._slots))):
+        """Fetch a layer that did not come next, and into each slot that holds nothing its next one."""
+        slots_met: set[int] = set()
+        for upcoming in range(layer, len(self._slots)):
             slot = self._slots[upcoming]
+            if slot in slots_met:
+                continue
+            slots_met.add(slot)
             if upcoming == layer or (self._staged[slot] is None and self._reader[slot] is None):
                 # What was fetched for another layer may still be arriving: it must not overtake this.
                 self._wait_until_ready(slot, layer)

@@ -56,10 +56,6 @@ class Placement:
     resident: tuple[tuple[ExpertRange, ...], ...]
     sources: tuple[tuple[int, ...], ...]
 
-    def holders(self, expert: int) -> tuple[int, ...]:
-        """The ranks that store ``expert``, ascending."""
-        return self._holders[expert]
-
     def is_resident(self, rank: int, expert: int) -> bool:
         """Whether ``rank`` stores ``expert``."""
         return self.sources[rank][expert] == rank
@@ -75,10 +71,6 @@ class Placement:
     def num_served(self, rank: int) -> int:
         """How many (peer, expert) pairs have ``rank`` as their source."""
         return self._num_served[rank]
-
-    @cached_property
-    def _holders(self) -> tuple[tuple[int, ...], ...]:
-        return _holders_of(self.num_experts, self.resident)
 
     @cached_property
     def _num_served(self) -> tuple[int, ...]:

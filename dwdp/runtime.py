@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -21,8 +23,8 @@ from dwdp.memory_plan import (
 from dwdp.observability.spans import DEMAND_LANE, Span, fetch_lane
 from dwdp.perf.demand import LayerFetch, crossover_tokens
 from dwdp.perf.hardware import find_hardware
-from dwdp.pipeline import Pipeline, PipelineStats, PreparedLayer, assign_slots
-from dwdp.staging import Staging
+from dwdp.pipeline import Pipeline, PipelineStats, PreparedLayer, layer_slots
+from dwdp.staging import Staging, num_slot_regions
 from dwdp.weights import ExpertWeights, LayerSpec
 
 if TYPE_CHECKING:
@@ -67,8 +69,9 @@ class DwdpRuntime:
         runtime.begin(layer, indices); ...; runtime.end(layer)   # around every read of them
         runtime.detach()
 
-    Every rank makes one, and ``attach`` waits for all of them; ``allocate`` does not. After ``attach`` no
-    call waits for another rank. ``begin`` and ``end`` are for one thread.
+    Every rank makes one. On the host fabric making it waits for all of them, to learn what memory each can
+    draw on; ``attach`` waits for all of them on any fabric; ``allocate`` does not. After ``attach`` no call
+    waits for another rank. ``begin`` and ``end`` are for one thread.
 
     Args:
         group: the ranks; ``group.size`` must equal ``config.dwdp_size``.
@@ -78,6 +81,7 @@ class DwdpRuntime:
     Raises:
         ValueError: the group's size differs from the configuration's, or the ranks do not share the
             one host that the host fabric needs.
+        GroupError: a peer failed or did not answer (host fabric).
     """
 
     def __init__(self, group: Group, config: DwdpConfig, fabric: Fabric | None = None) -> None:
@@ -106,7 +110,8 @@ class DwdpRuntime:
     ) -> ExpertWeights:
         """Take memory for this rank's experts of ``layers`` (in the order of the forward).
 
-        Every rank calls it: with the host fabric they first make sure that there is enough for all.
+        Every rank calls it. None waits for another: what they need together is compared with the memory
+        that the constructor asked them for (host fabric).
 
         Args:
             layer_by_layer: take none yet; the caller calls ``allocate_layer`` of what is returned for
@@ -116,7 +121,8 @@ class DwdpRuntime:
             The memory to load into, through ``destination(layer, name, expert)``.
 
         Raises:
-            ValueError: the experts cannot be placed.
+            ValueError: the experts cannot be placed, or take more descriptors than the process may have
+                (host fabric). Nothing has been taken.
             NotEnoughMemoryError: resident experts and staging slots of the group need more memory than
                 is available (host fabric). Nothing has been taken.
             FabricError: the memory is not there.
@@ -126,6 +132,8 @@ class DwdpRuntime:
         weights = ExpertWeights(self.group, self._fabric, self.config, layers)
         if self._fabric.name == "host":
             self._check_memory(layers)
+        if self._fabric.regions_are_descriptors:
+            self._check_descriptors(weights)
         self._weights = weights
         if not layer_by_layer:
             try:
@@ -151,6 +159,8 @@ class DwdpRuntime:
                 self._tensors = self._weights.compose_direct()
             else:
                 self._pipeline = self._stage()
+            if self._fabric.regions_are_descriptors:
+                self._close_regions()
             self.group.barrier("attached")
         except BaseException:
             self.detach()
@@ -280,13 +290,45 @@ class DwdpRuntime:
         )
         check_group_memory(self._memory_pools, plan)
 
+    def _check_descriptors(self, weights: ExpertWeights) -> None:
+        """Refuse what would run out of descriptors halfway through ``attach``, where most are open.
+
+        Every region that this rank allocates is published by a second descriptor.
+        """
+        slots = self._slots(weights)
+        regions = {
+            "resident experts": 2 * weights.num_regions,
+            "experts of peers": weights.num_imported_regions,
+            "staging slots": num_slot_regions(weights, slots) if slots else 0,
+            # A connection of every peer, one to a peer, and the server that they ask.
+            "connections": self.group.size + 2,
+        }
+        num_open = len(os.listdir("/proc/self/fd"))
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        needed = num_open + sum(regions.values())
+        if limit != resource.RLIM_INFINITY and needed > limit:
+            parts = ", ".join(f"{count} for {name}" for name, count in regions.items() if count)
+            raise ValueError(
+                f"rank {self.group.rank} needs {needed} open files ({num_open} are open; {parts}), and may "
+                f"have {limit}: raise the hard limit with `ulimit -n {needed}` or more before starting it"
+            )
+
+    def _close_regions(self) -> None:
+        """Nothing is mapped any more: ranges keep their mappings, and the server what was published."""
+        assert self._weights is not None
+        self._weights.close_regions()
+        if self._staging is not None:
+            self._staging.close_regions()
+
+    def _slots(self, weights: ExpertWeights) -> tuple[int, ...]:
+        """The slot of every layer; none where experts are read in place."""
+        if self.fetch_mode == "direct":
+            return ()
+        return layer_slots(len(weights.layers), self.config)
+
     def _stage(self) -> Pipeline:
         assert self._weights is not None
-        layers = self._weights.layers
-        if self.fetch_mode == "demand":
-            slots: tuple[int, ...] = (0,) * len(layers)
-        else:
-            slots = assign_slots(len(layers), self.config.num_slots)
+        slots = self._slots(self._weights)
         if max(slots, default=0) >= self.config.num_slots:
             logger.info(
                 "%d MoE layers are an odd number: a third slot keeps the last layer and the first apart",

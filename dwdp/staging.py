@@ -45,13 +45,23 @@ class _Buffer:
     memory: AddressRange
 
 
+def num_slot_regions(weights: ExpertWeights, slots: Sequence[int]) -> int:
+    """How many regions the slots of ``weights``' rank are made of."""
+    num_parts = {
+        (slot, key): len(tensor.layout.slot_parts(weights.rank))
+        for layer, slot in zip(weights.tensors, slots, strict=True)
+        for tensor, key in zip(layer, _keys(layer), strict=True)
+    }
+    return sum(num_parts.values())
+
+
 class Staging:
     """The slots of one rank.
 
     Args:
         fabric: provides the memory.
         weights: whose edges are filled.
-        slots: the slot of every layer, from :func:`dwdp.pipeline.assign_slots`.
+        slots: the slot of every layer, from :func:`dwdp.pipeline.layer_slots`.
     """
 
     def __init__(self, fabric: Fabric, weights: ExpertWeights, slots: Sequence[int]) -> None:
@@ -114,23 +124,29 @@ class Staging:
                 for lane in plans[layouts].shared_out(num_lanes)
             )
             experts = self._experts(layer, buffers)
-            views = [view for tensor in layer for view in tensor.views.values()]
+            sources = {part.source for lane in plans[layouts].lanes for part in lane}
+            peers = [self._weights.peer_memory(source).memory for source in sorted(sources)]
             staged.append(
                 StagedLayer(
                     lanes,
                     experts,
-                    (*buffers, *views),
+                    (*buffers, *peers),
                     plans[layouts].num_bytes,
                 )
             )
         return staged
 
-    def close(self) -> None:
-        """Give the slots up. Memory that a tensor or a fetch still uses goes with it. Idempotent."""
+    def close_regions(self) -> None:
+        """Drop the handles of the slots' memory, which stays mapped. Nothing can be composed after that."""
         for buffer in self._buffers.values():
-            buffer.memory.close()
             for part in buffer.parts:
                 part.close()
+
+    def close(self) -> None:
+        """Give the slots up. Memory that a tensor or a fetch still uses goes with it. Idempotent."""
+        self.close_regions()
+        for buffer in self._buffers.values():
+            buffer.memory.close()
         self._buffers.clear()
 
     def _experts(
@@ -145,8 +161,9 @@ class Staging:
     def _copy(
         self, tensor: MappedTensor, buffer: AddressRange, source: int, start: int, num_bytes: int
     ) -> Copy:
-        view = self._weights.view(tensor, source)
-        return Copy(buffer.address + start, view.address + start, num_bytes)
+        peer = self._weights.peer_memory(source)
+        address = peer.memory.address + peer.offset(tensor, start)
+        return Copy(buffer.address + start, address, num_bytes)
 
     def _allocate(self, layout: TensorLayout) -> _Buffer:
         memory = self._fabric.reserve(layout.mapped_bytes)

@@ -3,7 +3,7 @@
 Set-up goes through the steps of :class:`ExpertWeights` in order: ``allocate``, or ``allocate_layer`` for
 each layer (resident memory, into which the engine loads), ``exchange`` (peers map each other's resident
 memory), ``fill_edges`` (bytes of neighbours on pages a rank shares with them), then ``compose_direct``, or
-the staging slots of :mod:`dwdp.staging`.
+the staging slots of :mod:`dwdp.staging`. Nothing needs the regions after that: ``close_regions``.
 
 A tensor that fits a page (scales, biases) is held whole by every rank and never fetched. All of those
 lie packed in one region: apart, each would take a page, 2 MiB on a GPU.
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,7 +82,6 @@ class MappedTensor:
         resident: the rank's own regions by piece.
         home: addresses that the rank's own experts are loaded to, until the edges are filled.
         imported: every peer's regions by piece.
-        views: a source's regions, at the offsets they have in the composite tensor.
     """
 
     spec: ExpertTensorSpec
@@ -90,7 +90,6 @@ class MappedTensor:
     resident: dict[int, Region] = field(default_factory=dict)
     home: AddressRange | None = None
     imported: dict[int, dict[int, Region]] = field(default_factory=dict)
-    views: dict[int, AddressRange] = field(default_factory=dict)
 
     def typed(self, memory: AddressRange) -> torch.Tensor:
         """The tensor in ``memory``: ``[num_experts, *expert_shape]``."""
@@ -98,16 +97,45 @@ class MappedTensor:
         return raw.view(self.spec.dtype).view(self.spec.num_experts, *self.spec.expert_shape)
 
     def close(self) -> None:
-        for memory in (self.home, *self.views.values()):
-            if memory is not None:
-                memory.close()
+        if self.home is not None:
+            self.home.close()
+        self.home = None
+        self.close_regions()
+
+    def close_regions(self) -> None:
+        """Drop the handles of all memory, which stays mapped."""
         for regions in (self.resident, *self.imported.values()):
             for region in regions.values():
                 region.close()
-        self.home = None
-        self.views.clear()
         self.resident.clear()
         self.imported.clear()
+
+
+class PeerMemory:
+    """All that one peer stores, in one address range without holes: what is copied from it is read here.
+
+    A range of its own for every tensor would cost one of about 900 routing entries of NVLink fabric memory
+    each (see :class:`~dwdp.fabric.base.AddressRange`), more than a large model has.
+    """
+
+    def __init__(
+        self, fabric: Fabric, pieces: Sequence[tuple[Sequence[MappedTensor], int, Region]]
+    ) -> None:
+        """Map ``pieces``: whose bytes a region has, where it starts in their composite ranges, and itself."""
+        self.memory = fabric.reserve(sum(region.num_bytes for *_, region in pieces))
+        self._starts: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        offset = 0
+        for tensors, start, region in pieces:
+            self.memory.map(offset, region)
+            for tensor in tensors:
+                self._starts[id(tensor)].append((start, offset))
+            offset += region.num_bytes
+        self.memory.enable_access(writable=False)
+
+    def offset(self, tensor: MappedTensor, start: int) -> int:
+        """Where byte ``start`` of ``tensor``'s composite range lies. What follows it there follows here."""
+        piece_start, offset = max(pair for pair in self._starts[id(tensor)] if pair[0] <= start)
+        return offset + start - piece_start
 
 
 @dataclass
@@ -147,6 +175,7 @@ class ExpertWeights:
         )
         self._pack = _pack([tensor for layer in self.tensors for tensor in layer], fabric)
         self._composites: list[AddressRange] = []
+        self._peers: dict[int, PeerMemory] = {}
 
     def placement(self, layer: int) -> Placement:
         return self._placement(self.layers[layer].num_experts)
@@ -165,6 +194,17 @@ class ExpertWeights:
             if not is_packed(tensor.layout)
         )
         return unpacked + self._pack.num_bytes
+
+    @property
+    def num_regions(self) -> int:
+        """Regions that this rank allocates and publishes for its resident experts."""
+        return self._num_regions(self.rank)
+
+    @property
+    def num_imported_regions(self) -> int:
+        """Regions that this rank gets from its peers."""
+        peers = (peer for peer in range(self._group.size) if peer != self.rank)
+        return sum(map(self._num_regions, peers))
 
     def allocate(self) -> None:
         """Take memory for the resident experts of every layer.
@@ -259,7 +299,8 @@ class ExpertWeights:
                 assert tensor.home is not None
                 for edge in tensor.layout.edges(self.rank):
                     start, num_bytes = tensor.base + edge.start, edge.stop - edge.start
-                    source = self.view(tensor, edge.source).bytes_tensor(start, num_bytes)
+                    peer = self.peer_memory(edge.source)
+                    source = peer.memory.bytes_tensor(peer.offset(tensor, start), num_bytes)
                     tensor.home.bytes_tensor(start, num_bytes).copy_(source)
         for layer in self.tensors:
             for tensor in layer:
@@ -271,6 +312,7 @@ class ExpertWeights:
 
     def compose_direct(self) -> list[dict[str, torch.Tensor]]:
         """Per layer, composite tensors whose remote experts lie in the peers' own memory."""
+        self._close_peers()  # Nothing is copied any more.
         return [
             {
                 tensor.spec.name: self.compose(
@@ -302,26 +344,37 @@ class ExpertWeights:
         memory.enable_access(writable=False)
         return tensor.typed(memory)
 
-    def view(self, tensor: MappedTensor, source: int) -> AddressRange:
-        """A source's resident memory, at the offsets it has in the composite tensor."""
-        if source not in tensor.views:
-            if is_packed(tensor.layout):
-                view = self._range_of(tensor.imported[source][0], writable=False)
-                for packed in self._pack.tensors:
-                    packed.views[source] = view
-            else:
-                view = self._fabric.reserve(tensor.layout.mapped_bytes)
-                for piece, region in tensor.imported[source].items():
-                    view.map(tensor.layout.pieces[piece].start, region)
-                view.enable_access(writable=False)
-                tensor.views[source] = view
-        return tensor.views[source]
+    def peer_memory(self, source: int) -> PeerMemory:
+        """All that ``source`` stores, to copy from."""
+        if source not in self._peers:
+            pieces: list[tuple[Sequence[MappedTensor], int, Region]] = [
+                ([tensor], tensor.layout.pieces[piece].start, region)
+                for layer in self.tensors
+                for tensor in layer
+                if not is_packed(tensor.layout)
+                for piece, region in sorted(tensor.imported[source].items())
+            ]
+            packed = self._pack.tensors
+            if packed:
+                pieces.append((packed, 0, packed[0].imported[source][0]))
+            self._peers[source] = PeerMemory(self._fabric, pieces)
+        return self._peers[source]
+
+    def close_regions(self) -> None:
+        """Drop the handles of all memory, this rank's own and the peers': it stays mapped, and published.
+
+        Nothing can be composed or viewed for the first time after that.
+        """
+        for layer in self.tensors:
+            for tensor in layer:
+                tensor.close_regions()
 
     def close(self) -> None:
         """Give up every range and region. Memory a tensor still views goes with the tensor."""
         for layer in self.tensors:
             for tensor in layer:
                 tensor.close()
+        self._close_peers()
         for memory in self._composites:
             memory.close()
         self._composites.clear()
@@ -365,6 +418,9 @@ class ExpertWeights:
         ]
         return [*published, ("packed", [(tensor, 0) for tensor in self._pack.tensors[:1]])]
 
+    def _num_regions(self, rank: int) -> int:
+        return sum(len(pieces) for _, pieces in self._published(rank))
+
     def _import_from(self, peer: int, ticket: bytes) -> None:
         for name, wanted in self._published(peer):
             sizes = [self._region_bytes(tensor, piece) for tensor, piece in wanted]
@@ -381,6 +437,11 @@ class ExpertWeights:
             return self._pack.num_bytes
         start, stop = tensor.layout.pieces[piece]
         return stop - start
+
+    def _close_peers(self) -> None:
+        for peer in self._peers.values():
+            peer.memory.close()
+        self._peers.clear()
 
     def _regions(self, tensor: MappedTensor, rank: int) -> dict[int, Region]:
         return tensor.resident if rank == self.rank else tensor.imported[rank]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -20,16 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 MODEL_DIR = Path(__file__).parent / "tiny_moe" / "model"
-PROMPTS = (
-    '    def close(self):\n        """',
-    'def parse_args(argv):\n    """',
-    "with open(path,",
-    'class TestError(Exception):\n    """',
-    "def __repr__(self):\n",
-    "    if not isinstance(",
-    "    try:\n        return ",
-    '    """Return the ',
-)
+PROMPTS = Path(__file__).parent / "prompts.jsonl"
 MODES = ("staged", "direct")
 
 
@@ -37,15 +29,12 @@ def run_dwdp(
     folder: Path, model_dir: Path, mode: str, num_ranks: int, max_new_tokens: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Completions and report of one ``dwdp generate``."""
-    prompts, output, report = (folder / f"{mode}.{name}" for name in ("in", "out", "report"))
-    lines = [json.dumps({"id": i, "prompt": text}) for i, text in enumerate(PROMPTS)]
-    prompts.write_text("\n".join(lines) + "\n")
-    command = ["generate", str(model_dir), "--dwdp-size", str(num_ranks), "--fetch-mode", mode]
-    command += ["--prompts", str(prompts), "--output", str(output), "--report", str(report)]
-    command += ["--max-new-tokens", str(max_new_tokens)]
-    shown = ["generate", os.path.relpath(model_dir), *command[2:6], *command[-2:]]
-    print(f"\n$ dwdp {' '.join(shown)}", flush=True)
-    subprocess.run([sys.executable, "-m", "dwdp", *command], check=True)
+    output, report = folder / f"{mode}.out", folder / f"{mode}.report"
+    command = [os.path.relpath(sys.executable), "-m", "dwdp", "generate"]
+    command += [os.path.relpath(model_dir), "--dwdp-size", str(num_ranks), "--fetch-mode", mode]
+    command += ["--prompts", os.path.relpath(PROMPTS), "--max-new-tokens", str(max_new_tokens)]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    subprocess.run([*command, "--output", str(output), "--report", str(report)], check=True)
     completions = [json.loads(line) for line in output.read_text().splitlines()]
     return completions, json.loads(report.read_text())
 
@@ -73,8 +62,10 @@ def run_whole_model(
 
 
 def show_completions(console: Console, completions: list[dict[str, Any]]) -> None:
+    lines = PROMPTS.read_text(encoding="utf-8").splitlines()
+    prompts = {record["id"]: record["prompt"] for record in map(json.loads, lines)}
     for completion in completions:
-        prompt = Text(PROMPTS[completion["id"]], style="bold")
+        prompt = Text(prompts[completion["id"]], style="bold")
         console.print(prompt.append(completion["text"], style="not bold green"))
         console.rule(style="dim")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -254,8 +255,8 @@ def table_of(bench: Bench, steps: dict[int, Step], full: ExpertShape) -> Table:
     )
 
 
-def measure_shape(full: ExpertShape, budget: Budget) -> Table:
-    """All numbers of tokens that fit the time."""
+def measure_shape(full: ExpertShape, budget: Budget) -> Iterator[Table]:
+    """All numbers of tokens that fit the time: the table after each of them."""
     gc.collect()
     bench = Bench(fitting(full, int(free_bytes() * MEMORY_SHARE)))
     bench.check()
@@ -264,16 +265,18 @@ def measure_shape(full: ExpertShape, budget: Budget) -> Table:
         if budget.is_spent:
             break
         steps[num_tokens] = bench.measure(num_tokens, budget)
-    table = table_of(bench, steps, full)
+        yield table_of(bench, steps, full)
+    yield table_of(bench, steps, full)
     bench.engine.close()
-    return table
 
 
 @benchmark_command
-def main(budget: Budget) -> list[Table]:
+def main(budget: Budget) -> Iterator[list[Table]]:
     """Measure fetches on demand against staged ones, by tokens per step."""
-    qwen = measure_shape(QWEN3_235B, Budget(budget.left_s / 2))
-    return [qwen, measure_shape(DEEPSEEK_R1, budget)]
+    for qwen in measure_shape(QWEN3_235B, Budget(budget.left_s / 2)):
+        yield [qwen]
+    for r1 in measure_shape(DEEPSEEK_R1, budget):
+        yield [qwen, r1]
 
 
 if __name__ == "__main__":

@@ -165,15 +165,19 @@ def table_json(table: Table) -> dict[str, Any]:
     return value
 
 
-def write_tables(path: Path, tables: Sequence[Table]) -> None:
-    """Write tables for :func:`read_tables`."""
+def write_tables(path: Path, tables: Sequence[Table], *, is_complete: bool) -> None:
+    """Write tables for :func:`read_tables`, at once, whatever is there already."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([table_json(table) for table in tables], indent=2) + "\n")
+    value = {"is_complete": is_complete, "tables": [table_json(table) for table in tables]}
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(value, indent=2) + "\n")
+    beside.replace(path)
 
 
-def read_tables(path: Path) -> list[Table]:
-    """The tables that a benchmark wrote."""
-    return [Table.from_json(value) for value in json.loads(path.read_text())]
+def read_tables(path: Path) -> tuple[list[Table], bool]:
+    """The tables that a benchmark wrote last, and whether it had come to its end."""
+    value = json.loads(path.read_text())
+    return [Table.from_json(table) for table in value["tables"]], value["is_complete"]
 
 
 @dataclass

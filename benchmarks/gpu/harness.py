@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from dwdp import _C
 from dwdp.fabric import Fabric, create_fabric
 
 BLOCKING_CYCLES = 8_000_000
-"""About 4 ms: longer than the host takes to submit what is timed behind it."""
+"""About 4 ms: longer than the host takes to submit what is timed behind it, slices aside."""
+BLOCKING_CYCLES_PER_SLICE = 10_000
+"""About 5 us, for each slice that is submitted."""
 
 
 class Budget:
@@ -62,24 +64,26 @@ def free_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-def block_device() -> None:
+def block_device(num_slices: int = 0) -> None:
     """Keep the device busy for some milliseconds, so that submitting is not what is timed."""
-    torch.cuda._sleep(BLOCKING_CYCLES)
+    torch.cuda._sleep(BLOCKING_CYCLES + num_slices * BLOCKING_CYCLES_PER_SLICE)
 
 
 def nothing() -> None:
     """For callers that have nothing to run."""
 
 
-def elapsed_ms(work: Callable[[], object], before: Callable[[], object] = nothing) -> float:
+def elapsed_ms(
+    work: Callable[[], object], before: Callable[[], object] = nothing, num_slices: int = 0
+) -> float:
     """Device time of ``work``, in milliseconds.
 
     ``before`` runs right ahead of the start and is not timed: it brings things into a steady state.
-    The device is kept busy while both are submitted.
+    The device is kept busy while both are submitted, the longer the more slices they copy.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    block_device()
+    block_device(num_slices)
     before()
     start.record()
     work()
@@ -119,21 +123,25 @@ def over(figure: float | None, baseline: float | None) -> float | None:
     return None if figure is None or baseline is None else figure / baseline
 
 
-def benchmark_command(command: Callable[..., Sequence[Table]]) -> click.Command:
-    """A command of ``command``, which takes a Budget and its own options and returns tables.
+def benchmark_command(command: Callable[..., Iterator[Sequence[Table]]]) -> click.Command:
+    """A command of ``command``, which takes a Budget and its own options.
 
-    Shows the tables, writes them where ``--output`` says, and ends with 1 when a limit is missed.
+    It yields its tables whenever there are new figures in them, once at least. They are written where
+    ``--output`` says each time, and shown at the end. Ends with 1 when a limit is missed.
     """
 
     def run(budget_s: float, output: Path | None, **options: Any) -> None:
         require_device()
+        tables: Sequence[Table] = ()
         with torch.inference_mode():
-            tables = command(Budget(budget_s), **options)
+            for tables in command(Budget(budget_s), **options):
+                if output is not None:
+                    write_tables(output, tables, is_complete=False)
         console = Console(width=None if sys.stdout.isatty() else 160)
         for table in tables:
             table.show(console)
         if output is not None:
-            write_tables(output, tables)
+            write_tables(output, tables, is_complete=True)
         sys.exit(1 if any(limit.is_missed for table in tables for limit in table.limits) else 0)
 
     run.__doc__ = command.__doc__

@@ -11,7 +11,7 @@ in groups, with the device synchronised in between: else a full launch queue wou
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -139,7 +139,7 @@ def table_of(us: dict[str, float], num_slices: int, why_not: str) -> Table:
 @click.option(
     "--slice-mib", default=4, help="Largest slice (the default of --slice-bytes is 4 MiB)."
 )
-def main(budget: Budget, slice_mib: int) -> list[Table]:
+def main(budget: Budget, slice_mib: int) -> Iterator[list[Table]]:
     """Measure the host time to issue one fetch of a DeepSeek-R1-sized layer."""
     fabric = cuda_fabric()
     layer = GpuLayer(fabric, DEEPSEEK_R1.nvfp4_tensors(), NUM_RANKS, num_slots=1)
@@ -153,7 +153,7 @@ def main(budget: Budget, slice_mib: int) -> list[Table]:
     if not isinstance(lists, str):
         variants[LISTS] = lists
     us = interleaved(variants, ROUNDS, budget)
-    return [table_of(us, len(copies), lists if isinstance(lists, str) else "")]
+    yield [table_of(us, len(copies), lists if isinstance(lists, str) else "")]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import copy
 import queue
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
@@ -206,16 +206,19 @@ def run_rank(
             this.forget_warm_up()
         if rank == 0 and round_ > 0 and time.time() >= end:
             is_over.set()
+        if round_ > 0:
+            # A copy, for it is sent while the next round changes the figures.
+            results.put((rank, round_, copy.deepcopy(this.figures)))
         meet.wait(SET_UP_S)
         if is_over.is_set():
             break
-    results.put((rank, this.figures))
+    results.put((rank, 0, None))
     meet.wait(SET_UP_S)
     this.detach()
 
 
-def measure(num_ranks: int, num_layers: int, budget: Budget) -> list[RankFigures]:
-    """The figures of every rank, or an empty list when they did not finish in time."""
+def measure(num_ranks: int, num_layers: int, budget: Budget) -> Iterator[list[RankFigures]]:
+    """The figures of every rank, after each round that all of them finish in time."""
     store = serve_store("127.0.0.1", 0, num_ranks)
     context = mp.get_context("spawn")
     results, meet, is_over = context.Queue(), context.Barrier(num_ranks), context.Event()
@@ -227,24 +230,31 @@ def measure(num_ranks: int, num_layers: int, budget: Budget) -> list[RankFigures
     ]
     for process in processes:
         process.start()
-    by_rank: dict[int, RankFigures] = {}
+    rounds: dict[int, dict[int, RankFigures]] = {}
+    num_ended = 0
     try:
-        while len(by_rank) < num_ranks and not budget.is_spent:
+        while num_ended < num_ranks and not budget.is_spent:
             try:
-                rank, figures = results.get(timeout=0.2)
-                by_rank[rank] = figures
+                rank, round_, figures = results.get(timeout=0.2)
             except queue.Empty:
                 failed = [number for number, process in enumerate(processes) if process.exitcode]
                 if failed:
                     raise SystemExit(
                         f"error: rank {failed[0]} of {num_ranks} failed; its traceback is above"
                     ) from None
+                continue
+            if figures is None:
+                num_ended += 1
+                continue
+            by_rank = rounds.setdefault(round_, {})
+            by_rank[rank] = figures
+            if len(by_rank) == num_ranks:
+                yield [by_rank[rank] for rank in range(num_ranks)]
         for process in processes:
-            process.join(20 if len(by_rank) == num_ranks else 0)
+            process.join(min(20.0, budget.left_s))
     finally:
         for process in processes:
             process.kill()
-    return [by_rank[rank] for rank in sorted(by_rank)] if len(by_rank) == num_ranks else []
 
 
 def rows_of(num_ranks: int, ranks: list[RankFigures]) -> list[tuple[Cell, ...]]:
@@ -306,14 +316,17 @@ def table_of(by_size: dict[int, list[RankFigures]], num_layers: dict[int, int]) 
 
 @benchmark_command
 @click.option("--ranks", "sizes", multiple=True, default=(2, 4), help="Group sizes; repeatable.")
-def main(budget: Budget, sizes: tuple[int, ...]) -> list[Table]:
+def main(budget: Budget, sizes: tuple[int, ...]) -> Iterator[list[Table]]:
     """Measure a Qwen3-MoE-shaped model under DWDP against the unsharded model."""
-    by_size, num_layers = {}, {}
+    by_size: dict[int, list[RankFigures]] = {size: [] for size in sizes}
+    num_layers: dict[int, int] = {}
     for index, size in enumerate(sizes):
         num_layers[size] = scaled_layers(int(free_bytes() * MEMORY_SHARE), size)
         share = Budget(budget.left_s / (len(sizes) - index))
-        by_size[size] = measure(size, num_layers[size], share)
-    return [table_of(by_size, num_layers)]
+        for ranks in measure(size, num_layers[size], share):
+            by_size[size] = ranks
+            yield [table_of(by_size, num_layers)]
+    yield [table_of(by_size, num_layers)]
 
 
 if __name__ == "__main__":

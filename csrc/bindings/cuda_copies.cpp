@@ -23,7 +23,9 @@ CUstream to_stream(std::uintptr_t handle) { return reinterpret_cast<CUstream>(ha
 void register_event(py::module_& module) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   py::class_<Event, std::shared_ptr<Event>>(
-      module, "CudaEvent", "Orders streams, given as handles; also while they are captured.")
+      module, "CudaEvent",
+      "Orders streams, given as handles; also while they are captured. A stream that was captured "
+      "has to exist until the fabric is used once more after that.")
       .def(py::init<std::shared_ptr<Device>>(), py::arg("device").none(false), release_gil())
       .def(
           "record", [](Event& event, std::uintptr_t stream) { event.record(to_stream(stream)); },

@@ -65,8 +65,6 @@ void register_host_copies(py::module_& module) {
       .def(py::init<std::size_t, std::size_t>(), py::arg("num_lanes"), py::arg("lane_depth"))
       .def_property_readonly("num_lanes", &CopyEngine::num_lanes)
       .def_property_readonly("lane_depth", &CopyEngine::lane_depth)
-      .def_property_readonly("num_bytes_copied", &CopyEngine::num_bytes_copied,
-                             "Bytes copied since the engine was made.")
       .def(
           "prepare",
           [](const CopyEngine& engine, const std::vector<std::vector<CopyTuple>>& lanes,

@@ -19,16 +19,12 @@ std::string describe(const std::string& call, int error_number, const std::strin
 FabricError::FabricError(const std::string& message) : std::runtime_error(message) {}
 
 FabricError::FabricError(const std::string& call, int error_number, const std::string& detail)
-    : std::runtime_error(describe(call, error_number, detail)),
-      call_(call),
-      error_number_(error_number) {}
+    : std::runtime_error(describe(call, error_number, detail)), error_number_(error_number) {}
 
 FabricError::FabricError(const std::string& call, const DriverAnswer& answer,
                          const std::string& detail)
     : std::runtime_error(concat(call, " failed: ", answer.name, " (", answer.number, "), ",
                                 answer.text, ": ", detail)),
-      call_(call),
-      error_number_(answer.number),
-      error_name_(answer.name) {}
+      error_number_(answer.number) {}
 
 }  // namespace dwdp

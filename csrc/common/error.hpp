@@ -33,16 +33,11 @@ class FabricError : public std::runtime_error {
   // `call` of a device's driver failed; `detail` as above.
   FabricError(const std::string& call, const DriverAnswer& answer, const std::string& detail);
 
-  // Empty and 0 when no call of a system or driver is behind the error. `error_name` is the
-  // driver's.
-  const std::string& call() const noexcept { return call_; }
+  // The system's or driver's; 0 when no call of either is behind the error.
   int error_number() const noexcept { return error_number_; }
-  const std::string& error_name() const noexcept { return error_name_; }
 
  private:
-  std::string call_;
   int error_number_ = 0;
-  std::string error_name_;
 };
 
 }  // namespace dwdp

@@ -6,6 +6,15 @@
 #include "common/composition.hpp"
 
 namespace dwdp::cuda {
+namespace {
+
+// What drivers that map nothing read-only answer.
+bool refuses_read_only(CUresult result) noexcept {
+  return result == CUDA_ERROR_INVALID_VALUE || result == CUDA_ERROR_NOT_SUPPORTED ||
+         result == CUDA_ERROR_NOT_PERMITTED;
+}
+
+}  // namespace
 
 // Owns the addresses; shared by the range and the tensors that view it.
 class AddressRange::Mapping {
@@ -65,7 +74,7 @@ void AddressRange::Mapping::enable_access(bool writable) {
     const bool read_only = !writable && device_->maps_read_only();
     CUresult result = set_access(
         run, read_only ? CU_MEM_ACCESS_FLAGS_PROT_READ : CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
-    if (read_only && (result == CUDA_ERROR_INVALID_VALUE || result == CUDA_ERROR_NOT_SUPPORTED)) {
+    if (read_only && refuses_read_only(result)) {
       result = set_access(run, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
       if (result == CUDA_SUCCESS) device_->set_maps_read_only(false);
     }

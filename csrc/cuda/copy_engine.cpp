@@ -247,6 +247,7 @@ void CopyEngine::close() noexcept {
     for (const StreamHandle& stream : streams_) {
       if (guard.active()) driver().StreamSynchronize(stream.get());
     }
+    if (guard.active()) device_->captures().forget_ended();
   }
   captured_.clear();
 }

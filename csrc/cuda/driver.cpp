@@ -62,10 +62,18 @@ Driver load() {
              "; install one of CUDA 12.0 or newer");
   DWDP_DRIVER_ENTRY_POINTS(DWDP_LOAD)
 #undef DWDP_LOAD
-  if (!loader.find("cuMemcpyBatchAsync", 13000, &driver.memcpy_batch_async_13)) {
-    loader.find("cuMemcpyBatchAsync", 12080, &driver.memcpy_batch_async_12);
+  const CUresult version_result = driver.DriverGetVersion(&driver.version);
+  if (version_result != CUDA_SUCCESS) {
+    throw describe(driver, "cuDriverGetVersion", version_result, "asking for the driver's version");
   }
-  if (!loader.find("cuStreamGetCaptureInfo", 12030, &driver.stream_get_capture_info_12_3)) {
+  // Nothing is asked for that the driver is too old for: checkers report such calls as errors.
+  const auto find_since = [&](int version, const char* name, auto* function) {
+    return driver.version >= version && loader.find(name, version, function);
+  };
+  if (!find_since(13000, "cuMemcpyBatchAsync", &driver.memcpy_batch_async_13)) {
+    find_since(12080, "cuMemcpyBatchAsync", &driver.memcpy_batch_async_12);
+  }
+  if (!find_since(12030, "cuStreamGetCaptureInfo", &driver.stream_get_capture_info_12_3)) {
     DWDP_CHECK(loader.find("cuStreamGetCaptureInfo", 11030, &driver.stream_get_capture_info_11_3),
                "the NVIDIA driver lacks cuStreamGetCaptureInfo; install one of CUDA 12.0 or newer");
   }
@@ -76,10 +84,6 @@ Driver load() {
   }
   if (result != CUDA_SUCCESS)
     throw describe(driver, "cuInit", result, "starting the NVIDIA driver");
-  const CUresult version_result = driver.DriverGetVersion(&driver.version);
-  if (version_result != CUDA_SUCCESS) {
-    throw describe(driver, "cuDriverGetVersion", version_result, "asking for the driver's version");
-  }
   return driver;
 }
 

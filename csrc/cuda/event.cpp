@@ -20,12 +20,7 @@ void Event::record(CUstream stream) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const CaptureInfo info = device_->captures().query(stream);
   if (info.active) {
-    captured_ = CapturedGeneration{
-        stream,
-        info.id,
-        info.graph,
-        {info.dependencies, info.dependencies + info.num_dependencies},
-    };
+    captured_ = CapturedGeneration{info.id, info.graph, info.dependencies};
     return;
   }
   // On another stream the new generation could complete before the last one.
@@ -46,8 +41,8 @@ void Event::wait(CUstream stream) {
   if (info.active && captured_ && captured_->id == info.id) {
     std::vector<CUgraphNode> added;
     for (const CUgraphNode node : captured_->nodes) {
-      const CUgraphNode* const stop = info.dependencies + info.num_dependencies;
-      if (std::find(info.dependencies, stop, node) == stop) added.push_back(node);
+      const auto stop = info.dependencies.end();
+      if (std::find(info.dependencies.begin(), stop, node) == stop) added.push_back(node);
     }
     if (added.empty()) return;
     DWDP_CUDA(StreamUpdateCaptureDependencies,
@@ -107,7 +102,7 @@ double Event::waited_s() {
 
 Event::Dependency Event::dependency() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (captured_ && captured_->still_capturing()) return {captured_, nullptr};
+  if (captured_ && device_->captures().goes_on(captured_->id)) return {captured_, nullptr};
   return {std::nullopt, completed() ? nullptr : event_.get()};
 }
 

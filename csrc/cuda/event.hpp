@@ -20,13 +20,16 @@ namespace dwdp::cuda {
 // streams that are not captured, the last generation that was not captured counts; a captured
 // stream waits for it by a node of the graph, at every replay, so that the event must outlive the
 // graph.
+//
+// A stream in whose capture an event took part must exist until the device's fabric is used once
+// more after the capture has ended: an event recorded or waited for, an engine or a range closed.
 class Event {
  public:
   explicit Event(std::shared_ptr<Device> device);
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
 
-  // Issues a generation. A stream that was captured must exist until the event is recorded anew.
+  // Issues a generation.
   void record(CUstream stream);
 
   // Makes what is submitted to `stream` from now on wait. Never blocks the host.

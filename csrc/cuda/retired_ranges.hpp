@@ -28,7 +28,9 @@ class RetiredRanges {
   ~RetiredRanges() noexcept;
 
   // Waits for the GPU and unmaps the range. While a graph is being captured there is no waiting:
-  // the range is then unmapped with the next one, or at the end.
+  // the range is then unmapped with the next one, or at the end. Nobody can tell of a capture in
+  // which the fabric took no part yet: that one breaks, so Python's garbage is to be collected
+  // before a capture begins.
   void add(RetiredRange range) noexcept;
 
  private:

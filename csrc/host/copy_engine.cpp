@@ -101,9 +101,6 @@ class CopyEngine::State {
   void close() noexcept;
 
   bool forked() const noexcept { return getpid() != pid_; }
-  std::uint64_t num_bytes_copied() const noexcept {
-    return num_bytes_copied_.load(std::memory_order_relaxed);
-  }
 
  private:
   static constexpr std::size_t kInitialPool = 64;
@@ -120,7 +117,6 @@ class CopyEngine::State {
   std::vector<Lane> lanes_;
   std::mutex join_mutex_;
   std::vector<std::thread> threads_;
-  std::atomic<std::uint64_t> num_bytes_copied_{0};
 
   // Held while a fetch is queued on its lanes, so that all lanes see the same order.
   std::mutex submit_mutex_;
@@ -187,7 +183,6 @@ std::size_t CopyEngine::State::fetch_activated(const Demand& demand, const void*
   }
   const std::int64_t start_ns = now_ns();
   const std::size_t num_bytes = demand.fetch(indices, count, index_bytes);
-  num_bytes_copied_.fetch_add(num_bytes, std::memory_order_relaxed);
   if (num_bytes > 0) {
     const std::lock_guard<std::mutex> lock(demand_mutex_);
     demand_spans_.record({start_ns, now_ns(), demand.layer(), num_bytes});
@@ -241,10 +236,7 @@ void CopyEngine::State::run(std::size_t lane_index) {
     }
     const Copy copy = take_slice(lane, lane_index);
     lock.unlock();
-    if (copy.num_bytes > 0) {
-      std::memcpy(copy.dst, copy.src, copy.num_bytes);
-      num_bytes_copied_.fetch_add(copy.num_bytes, std::memory_order_relaxed);
-    }
+    if (copy.num_bytes > 0) std::memcpy(copy.dst, copy.src, copy.num_bytes);
     lock.lock();
     if (copy.num_bytes > 0) end_slice(lane, lane_index, submission);
     // Whoever ends the last slice has seen the end of all others, and completes the event.
@@ -313,8 +305,6 @@ CopyEngine::~CopyEngine() noexcept {
   // A forked child has copies of locks and condition variables that may be held for ever.
   if (state_ && state_->forked()) state_.release();
 }
-
-std::uint64_t CopyEngine::num_bytes_copied() const noexcept { return state_->num_bytes_copied(); }
 
 std::shared_ptr<const Fetch> CopyEngine::prepare(
     std::vector<std::vector<Copy>> lanes, std::vector<std::shared_ptr<const void>> keep_mapped,

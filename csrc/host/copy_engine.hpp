@@ -46,7 +46,6 @@ class CopyEngine {
 
   std::size_t num_lanes() const noexcept { return num_lanes_; }
   std::size_t lane_depth() const noexcept { return lane_depth_; }
-  std::uint64_t num_bytes_copied() const noexcept;
 
   // `lanes`: at most num_lanes of them. Addresses that `keep_mapped` does not hold must stay mapped
   // until the fetch is done.

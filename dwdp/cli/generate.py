@@ -7,7 +7,6 @@ all of them, with its message and exit code: launchers report the first process 
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -26,9 +25,13 @@ from dwdp.cli.options import (
     IntRange,
     config_from_options,
     config_options,
+    device_option,
     dtype_option,
+    even_threads,
+    fetch_options,
     threads_option,
 )
+from dwdp.cli.output_files import check_writable, target_of, write_files
 from dwdp.cli.rank_command import (
     RankCommand,
     bad_input_is_a_value_error,
@@ -54,13 +57,7 @@ from dwdp.serving.plan import RunPlan, plan_run
 from dwdp.serving.processes import RankProcesses
 from dwdp.serving.prompts import Prompt, prompts_from_texts, read_prompts
 from dwdp.serving.rank import load_rank, serve_requests
-from dwdp.serving.results import (
-    check_writable,
-    completion_lines,
-    make_report,
-    trace_of,
-    write_files,
-)
+from dwdp.serving.results import completion_lines, make_report, trace_of
 
 MIN_TEMPERATURE = 0.001
 """Below this, logits divided by the temperature leave the range of half precision."""
@@ -132,26 +129,9 @@ class GenerateOptions:
     show_default=True,
     help="Of the draws. A prompt's text does not depend on the rank that it goes to.",
 )
-@config_options(
-    "fetch_mode",
-    "demand_max_tokens",
-    "num_slots",
-    "num_experts_per_worker",
-    "num_prefetch_experts",
-    "slice_bytes",
-    "num_lanes",
-    "lane_depth",
-    "contention_opt",
-    "setup_timeout_s",
-)
+@fetch_options
 @dtype_option
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="What the ranks compute on. cuda: a GPU each, in turn; ranks share them if there are fewer.",
-)
+@device_option
 @threads_option
 @click.option(
     "--port",
@@ -201,12 +181,11 @@ def _check_options(
     if (values["prompts_path"] is None) == (not values["prompt_texts"]):
         raise click.UsageError("give either --prompts FILE or --prompt TEXT")
     paths = [values["prompts_path"], values["output"], values["report"], values["trace"]]
-    resolved = [path.resolve() for path in paths if path is not None]
-    if len(set(resolved)) < len(resolved):
+    targets = [target_of(path) for path in paths if path is not None]
+    if len(set(targets)) < len(targets):
         raise click.UsageError(
             "--prompts, --output, --report and --trace have to be different files"
         )
-    cores = len(os.sched_getaffinity(0))
     return GenerateOptions(
         model_dir=values["model_dir"],
         config=config,
@@ -222,7 +201,7 @@ def _check_options(
         trace=values["trace"],
         dtype=values["dtype"],
         device=values["device"],
-        threads_per_rank=values["threads_per_rank"] or max(1, cores // config.dwdp_size),
+        threads_per_rank=values["threads_per_rank"] or even_threads(config.dwdp_size),
         port=values["port"],
     )
 
@@ -277,6 +256,7 @@ def _run_launched(options: GenerateOptions, launch: LaunchInfo) -> int:
     try:
         group = Group.join(launch, timeout_s=options.config.setup_timeout_s)
         with group.setting_up(), bad_input_is_a_value_error():
+            _check_one_host(group)
             if launch.rank == 0:
                 desk = _Desk(options)
             address = desk.address if desk is not None else b""
@@ -306,6 +286,16 @@ def _run_launched(options: GenerateOptions, launch: LaunchInfo) -> int:
             channel.close()
         if desk is not None:
             desk.close()
+
+
+def _check_one_host(group: Group) -> None:
+    """Ranks reach the prompts, and with the host fabric the experts, through sockets of one machine."""
+    if not group.is_one_host:
+        raise ValueError(
+            f"dwdp generate runs on one host, and these {group.size} ranks are on several: start all of them "
+            "on one (srun --nodes=1, mpirun --host NAME:SLOTS, torchrun --nnodes=1), or on each host a group "
+            "of its own with a share of the prompts"
+        )
 
 
 class _Desk:

@@ -155,10 +155,28 @@ def cli(settings: Settings, debug: bool) -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run ``dwdp`` with ``args`` (the process's own by default) and exit."""
+    _open_missing_streams()
     signal.signal(signal.SIGTERM, _end)
     # A rank that ends takes its store along: torch would print a C++ trace beside the one-line error.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(run(sys.argv[1:] if args is None else args))
+
+
+def _open_missing_streams() -> None:
+    """Put /dev/null where the caller closed a standard stream.
+
+    The next file or socket that is opened would get the stream's number otherwise, and be written to as if
+    it were the stream, by this process or a child.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # The lowest free number is taken, and that is this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 def _end(signal_number: int, _frame: object) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from dwdp.cli.options import FloatRange, IntRange
+
 if TYPE_CHECKING:
     from dwdp.engines.transformers.make_model import Checkpoint
 
@@ -40,16 +42,26 @@ def _parse_fields(
     show_default=True,
     help="Size to start from.",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=IntRange(min=0, max=2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of the random weights.",
+)
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True
 )
-@click.option("--num-layers", type=click.IntRange(1), help="Layers, instead of the preset's.")
-@click.option("--num-experts", type=click.IntRange(1), help="Routed experts per MoE layer.")
-@click.option("--hidden-size", type=click.IntRange(1), help="Hidden size.")
+@click.option(
+    "--num-layers", type=IntRange(min=1, max=10_000), help="Layers, instead of the preset's."
+)
+@click.option(
+    "--num-experts", type=IntRange(min=1, max=2**16), help="Routed experts per MoE layer."
+)
+@click.option("--hidden-size", type=IntRange(min=1, max=2**20), help="Hidden size.")
 @click.option(
     "--expert-gib",
-    type=click.FloatRange(0, min_open=True),
+    type=FloatRange(min=0, max=2**20, min_open=True),
     metavar="GIB",
     help="About how much the experts of all layers hold together; sets their intermediate size.",
 )

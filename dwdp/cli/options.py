@@ -1,7 +1,9 @@
-"""Command-line options made from the fields of ``DwdpConfig``, so that each is defined once."""
+"""Options that several commands have. Those of a group are made from the fields of ``DwdpConfig``."""
 
 from __future__ import annotations
 
+import math
+import os
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -23,9 +25,20 @@ class IntRange(click.IntRange):
 
 
 class FloatRange(click.FloatRange):
-    """As click's own, whose refusal of a word says that it is "not a valid float range"."""
+    """As click's own, whose refusal of a word says that it is "not a valid float range".
+
+    Only finite numbers are taken.
+    """
 
     name = "number"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 def flag_name(field_name: str) -> str:
@@ -138,6 +151,21 @@ def _bounds(metadata: list[Any]) -> dict[str, Any]:
     return bounds
 
 
+fetch_options = config_options(
+    "fetch_mode",
+    "demand_max_tokens",
+    "num_slots",
+    "num_experts_per_worker",
+    "num_prefetch_experts",
+    "slice_bytes",
+    "num_lanes",
+    "lane_depth",
+    "contention_opt",
+    "setup_timeout_s",
+)
+"""What a group on this machine can be told besides its size."""
+
+# The names stand in dwdp.engines.transformers.interception as well, whose import takes seconds.
 dtype_option = click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16", "float16"]),
@@ -146,8 +174,21 @@ dtype_option = click.option(
     help="Of the weights in memory; auto keeps the checkpoint's.",
 )
 
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What the ranks compute on. cuda: a GPU each, in turn; ranks share them if there are fewer.",
+)
+
 threads_option = click.option(
     "--threads-per-rank",
     type=IntRange(min=1, max=1024),
     help="Compute threads of each rank. Default: the cores, shared out evenly.",
 )
+
+
+def even_threads(num_ranks: int) -> int:
+    """What ``--threads-per-rank`` is where it is not given: an even share of the cores, at least 1."""
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks)

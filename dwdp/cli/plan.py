@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dwdp.cli.options import FloatRange, IntRange
+from dwdp.cli.output_files import OutputFiles, check_writable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -23,31 +26,31 @@ _SHOWN_CANDIDATES = 8
 @click.option(
     "--hardware", required=True, metavar="NAME_OR_YAML", help="gb200, h200, ... or a YAML file."
 )
-@click.option("--isl", type=click.IntRange(1), required=True, help="Input length, tokens.")
-@click.option("--osl", type=click.IntRange(1), required=True, help="Output length, tokens.")
-@click.option("--ranks", type=click.IntRange(1), help="GPUs in all. Default: one link domain.")
+@click.option("--isl", type=IntRange(min=1), required=True, help="Input length, tokens.")
+@click.option("--osl", type=IntRange(min=1), required=True, help="Output length, tokens.")
+@click.option("--ranks", type=IntRange(min=1), help="GPUs in all. Default: one link domain.")
 @click.option(
     "--tps-per-user",
-    type=click.FloatRange(0, min_open=True),
+    type=FloatRange(min=0, min_open=True),
     default=50.0,
     show_default=True,
     help="Tokens per second that each user shall get.",
 )
 @click.option(
     "--max-num-tokens",
-    type=click.IntRange(1),
+    type=IntRange(min=1),
     help="Tokens per prefill forward. Default: 32768, or the input length if that is more.",
 )
 @click.option(
     "--length-ratio",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=FloatRange(min=0, max=1, min_open=True),
     default=0.8,
     show_default=True,
     help="Inputs are uniform in [ratio * isl, isl].",
 )
 @click.option(
     "--load-cv",
-    type=click.FloatRange(0, 1),
+    type=FloatRange(min=0, max=1),
     default=0.2,
     show_default=True,
     help="Variation of the load between ranks.",
@@ -59,7 +62,7 @@ _SHOWN_CANDIDATES = 8
     help="Also serve these requests: JSON lines with arrival_s, input_tokens, output_tokens.",
 )
 @click.option(
-    "--gpus-per-node", type=click.IntRange(1), default=4, show_default=True, help="For Slurm."
+    "--gpus-per-node", type=IntRange(min=1), default=4, show_default=True, help="For Slurm."
 )
 @click.option(
     "--out",
@@ -100,6 +103,8 @@ def plan(
     from dwdp.perf.plan_report import as_json
     from dwdp.perf.planner import plan as make_plan
 
+    if json_path is not None:
+        check_writable(json_path)
     device = load_hardware(hardware)
     workload = Workload(
         isl,
@@ -115,19 +120,24 @@ def plan(
     _print(console, answer)
     if trace_path is not None:
         _print_trace(console, answer, trace_path)
-    if json_path is not None:
-        json_path.write_text(json.dumps(as_json(answer), indent=1) + "\n", encoding="utf-8")
-    if out is not None:
-        for path in _write(answer, out, gpus_per_node):
-            console.print(f"wrote {path}", soft_wrap=True)
+    written: list[Path] = []
+    with OutputFiles() as files:
+        if json_path is not None:
+            files.write(json_path, json.dumps(as_json(answer), indent=1) + "\n")
+        if out is not None:
+            folder = files.folder(out)
+            made = _write(answer, folder, gpus_per_node)
+            written = [out / path.relative_to(folder) for path in made]
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True)
 
 
 def _write(answer: Plan, out: Path, gpus_per_node: int) -> list[Path]:
+    """Write everything to the folder ``out``, and return the files' paths."""
     from dwdp.perf.job_files import Cluster, write_job
     from dwdp.perf.launch_files import job_of_plan
     from dwdp.perf.plan_report import as_json, pareto_front
 
-    out.mkdir(parents=True, exist_ok=True)
     written = [out / "plan.json"]
     written[0].write_text(json.dumps(as_json(answer), indent=1) + "\n", encoding="utf-8")
     if answer.best is None:

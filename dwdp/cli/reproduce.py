@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dwdp.cli.output_files import OutputFiles, check_writable
+
 if TYPE_CHECKING:
     from dwdp.perf.reproduce import Cell, Reproduction
 
@@ -37,16 +39,17 @@ def reproduce(json_path: Path | None, page_path: Path | None) -> None:
 
     if page_path is not None and find_spec("matplotlib") is None:
         raise ValueError("--page needs matplotlib, which is not installed (dwdp[plot]).")
+    if json_path is not None:
+        check_writable(json_path)
     console = Console(stderr=True)
-    with console.status("calibrating and simulating"):
+    with console.status("calibrating and simulating"), OutputFiles() as files:
         reproduction = run()
         if page_path is not None:
             from dwdp.perf.page import write_page
 
-            write_page(reproduction, page_path)
-    if json_path is not None:
-        text = json.dumps(reproduction.as_json(), indent=1)
-        json_path.write_text(text + "\n", encoding="utf-8")
+            write_page(reproduction, files.folder(page_path.parent) / page_path.name)
+        if json_path is not None:
+            files.write(json_path, json.dumps(reproduction.as_json(), indent=1) + "\n")
     _print(reproduction)
 
 

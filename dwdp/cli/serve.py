@@ -18,11 +18,13 @@ from dwdp.cli.options import (
     bad_parameter,
     config_from_options,
     config_options,
+    device_option,
     dtype_option,
+    even_threads,
+    fetch_options,
     field_option,
     threads_option,
 )
-from dwdp.config import DwdpConfig
 from dwdp.serving.rank_server.options import RankOptions
 from dwdp.serving.router.service import Service
 from dwdp.serving.router.settings import RouterSettings
@@ -89,28 +91,11 @@ def _model_from_options(model: type[_Model], options: Mapping[str, Any]) -> _Mod
 @click.option(
     "--served-model-name", help="What requests call the model. Default: the directory's name."
 )
-@config_options(
-    "fetch_mode",
-    "demand_max_tokens",
-    "num_slots",
-    "num_experts_per_worker",
-    "num_prefetch_experts",
-    "slice_bytes",
-    "num_lanes",
-    "lane_depth",
-    "contention_opt",
-    "setup_timeout_s",
-)
+@fetch_options
 @_model_options(RankOptions, *_SHARED)
 @_model_options(RouterSettings)
 @dtype_option
-@click.option(
-    "--device",
-    type=click.Choice(["cpu", "cuda"]),
-    default="cpu",
-    show_default=True,
-    help="What the ranks compute on. cuda: a GPU each, in turn; ranks share them if there are fewer.",
-)
+@device_option
 @threads_option
 def serve(model_dir: Path, **values: Any) -> int:
     """Serve the mixture-of-experts checkpoint in MODEL_DIR to OpenAI clients.
@@ -136,7 +121,7 @@ def serve(model_dir: Path, **values: Any) -> int:
         options,
         dtype=values["dtype"],
         device=values["device"],
-        num_threads=values["threads_per_rank"] or _even_threads(config),
+        num_threads=values["threads_per_rank"] or even_threads(config.dwdp_size),
     )
     watch = Watch(
         start_timeout_s=config.setup_timeout_s + _START_MARGIN_S,
@@ -167,7 +152,3 @@ async def _serve(
 
 def _announce(url: str, num_ranks: int) -> None:
     click.echo(f"dwdp: ready at {url} with {num_ranks} rank(s)")
-
-
-def _even_threads(config: DwdpConfig) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // config.dwdp_size)

@@ -169,12 +169,15 @@ class Fabric(ABC):
         granularity: bytes; offsets and sizes of every mapping are multiples of it.
         device_name: what the driver calls the device; empty on the host.
         times_copies: whether its copy engines tell when they copied, and its events' waits are the host's.
+        regions_are_descriptors: whether a region is an open file of this process until it is closed, and
+            published once more for peers, who get it after that too.
     """
 
     name: str
     granularity: int
     device_name: str = ""
     times_copies: bool = False
+    regions_are_descriptors: bool = False
 
     def is_capturing(self) -> bool:
         """Whether compute is being captured into a graph, to run later any number of times."""

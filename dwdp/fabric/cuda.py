@@ -75,7 +75,12 @@ class CudaAddressRange(_C.CudaAddressRange):
 
 
 class CudaEvent(_C.CudaEvent):
-    """A CUDA event on the compute stream of the moment."""
+    """A CUDA event on the compute stream of the moment.
+
+    A compute stream that was captured into a graph has to exist until the fabric is used once more after
+    the capture: an event recorded or waited for, an engine or a range closed. Torch never destroys
+    the streams that it makes itself.
+    """
 
     def __init__(self, device: _C.CudaDevice, compute: TorchCompute) -> None:
         super().__init__(device)

@@ -93,6 +93,7 @@ class HostFabric(Fabric):
     name = "host"
     granularity = mmap.PAGESIZE
     times_copies = True
+    regions_are_descriptors = True
 
     def __init__(self) -> None:
         raise_descriptor_limit()

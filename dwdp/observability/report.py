@@ -59,10 +59,17 @@ class RankReport(_Document):
         description="Physical memory of the staging slots (0 in direct mode)."
     )
     num_slots: int = Field(description="Staging slots in use (0 in direct mode).")
-    num_fetches: int = Field(description="Fetches started since the rank was set up.")
-    fetched_bytes: int = Field(description="Bytes that those fetches move.")
-    num_waits: int = Field(description="Times that compute found its fetch unfinished.")
-    exposed_wait_s: float = Field(description="Seconds that compute stood still because of that.")
+    num_fetches: int = Field(
+        description="Fetches of all remote experts of a layer, started since the rank was set up."
+    )
+    num_demands: int = Field(description="Fetches of a layer's activated experts, after routing.")
+    fetched_bytes: int = Field(description="Bytes that all of those fetches move.")
+    num_waits: int = Field(
+        description="Times that compute found a layer's fetch unfinished; fetches on demand do not count."
+    )
+    exposed_wait_s: float = Field(
+        description="Seconds that compute stood still because of that, or for a fetch on demand."
+    )
     load_s: float = Field(description="Seconds that loading the checkpoint took.")
     peak_rss_bytes: int = Field(
         description="Most memory resident at once, with pages shared with peers counted in full."
@@ -83,6 +90,7 @@ class Totals(_Document):
     resident_expert_bytes: int = Field(description="Sum over the ranks.")
     staging_bytes: int = Field(description="Sum over the ranks.")
     num_fetches: int = Field(description="Sum over the ranks.")
+    num_demands: int = Field(description="Sum over the ranks.")
     fetched_bytes: int = Field(description="Sum over the ranks.")
     exposed_wait_s: float = Field(description="Sum over the ranks.")
 
@@ -90,8 +98,8 @@ class Totals(_Document):
 class GenerateReport(_Document):
     """What ``dwdp generate --report`` writes."""
 
-    schema_version: Literal[1] = Field(
-        default=1,
+    schema_version: Literal[2] = Field(
+        default=2,
         description="Version of this document.",
     )
     dwdp_version: str = Field(description="Version of dwdp that ran.")
@@ -100,7 +108,10 @@ class GenerateReport(_Document):
     sampling: SamplingReport = Field(description="How tokens were chosen, see below.")
     device: str = Field(description="What the ranks compute on.")
     threads_per_rank: int = Field(description="Compute threads of each rank.")
-    fetch_mode: str = Field(description="The mode in force, staged or direct.")
+    fetch_mode: str = Field(
+        description="The mode in force: direct, staged, demand, or auto (demand for steps of few tokens, "
+        "staged for the others)."
+    )
     config: DwdpConfig = Field(
         description="The group's options as they were given, by the names of their flags."
     )
@@ -124,6 +135,7 @@ def total(ranks: tuple[RankReport, ...], wall_s: float) -> Totals:
         resident_expert_bytes=sum(rank.resident_expert_bytes for rank in ranks),
         staging_bytes=sum(rank.staging_bytes for rank in ranks),
         num_fetches=sum(rank.num_fetches for rank in ranks),
+        num_demands=sum(rank.num_demands for rank in ranks),
         fetched_bytes=sum(rank.fetched_bytes for rank in ranks),
         exposed_wait_s=sum(rank.exposed_wait_s for rank in ranks),
     )

@@ -106,6 +106,13 @@ class RankChannel:
             connection.connect(f"\0{name}")
             if not is_own_user(connection):
                 raise PermissionError(f"{name} belongs to another user's process")
+        except ConnectionRefusedError as error:
+            connection.close()
+            raise ConnectionRefusedError(
+                error.errno,
+                "nobody hands out prompts at this rank's socket: the process that does has ended, or is in "
+                "another container (another network namespace)",
+            ) from error
         except OSError:
             connection.close()
             raise

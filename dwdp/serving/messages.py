@@ -32,7 +32,7 @@ class Ready:
     """A rank is set up; what it holds, in bytes. Everything here stays as it is from now on.
 
     Attributes:
-        fetch_mode: the mode in force, ``staged`` or ``direct``.
+        fetch_mode: the mode in force: ``direct``, ``staged``, ``demand`` or ``auto``.
         num_slots: staging slots (0 in direct mode).
         load_s: seconds that loading took.
         peak_rss_bytes: as in :class:`Counters`, so far.
@@ -85,7 +85,8 @@ class Counters:
 
     Attributes:
         wall_s: seconds from its first request to now.
-        num_fetches, fetched_bytes, num_waits, exposed_wait_s: as in the runtime's ``RuntimeStats``.
+        num_fetches, num_demands, fetched_bytes, num_waits, exposed_wait_s: as in the runtime's
+            ``RuntimeStats``.
         peak_rss_bytes: the most memory that was resident at once, pages shared with peers included.
     """
 
@@ -94,6 +95,7 @@ class Counters:
     generated_tokens: int = 0
     wall_s: float = 0.0
     num_fetches: int = 0
+    num_demands: int = 0
     fetched_bytes: int = 0
     num_waits: int = 0
     exposed_wait_s: float = 0.0

@@ -49,13 +49,11 @@ class RunPlan:
 
     Attributes:
         model: for the report.
-        memory: what the ranks are going to hold.
         prompt_ids: the user's names for the prompts, in the order of ``requests``.
         tokenizer: a Transformers tokenizer, or None if the checkpoint has none.
     """
 
     model: ModelReport
-    memory: MemoryPlan
     prompt_ids: tuple[str | int, ...]
     requests: tuple[Request, ...]
     tokenizer: Any | None
@@ -107,7 +105,7 @@ def plan_run(
         )
         for index, prompt in enumerate(tokenized)
     )
-    return RunPlan(model, memory, tuple(prompt.id for prompt in tokenized), requests, tokenizer)
+    return RunPlan(model, tuple(prompt.id for prompt in tokenized), requests, tokenizer)
 
 
 def load_tokenizer(model_dir: Path) -> Any | None:

@@ -12,7 +12,8 @@ from dwdp.local_store import LocalStoreServer
 from dwdp.rendezvous import prefixed, report_failure, serve_store
 from dwdp.serving.dispatcher import SetupFailed
 from dwdp.serving.environment import rank_command, rank_environment
-from dwdp.serving.rank import EXIT_PEER_FAILED, RankJob
+from dwdp.serving.rank import RankJob
+from dwdp.serving.rank_exit import EXIT_PEER_FAILED
 
 HOST = "127.0.0.1"
 _FINISH_S = 10.0

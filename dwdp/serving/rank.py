@@ -17,11 +17,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dwdp.config import DwdpConfig
-from dwdp.fabric.base import FabricError
 from dwdp.group import Group
 from dwdp.launch import discover_launch
 from dwdp.observability.spans import Span
-from dwdp.rendezvous import GroupError, PeerFailure
+from dwdp.rendezvous import PeerFailure
 from dwdp.serving.channel import RankChannel
 from dwdp.serving.generation import Generator, quiet_transformers
 from dwdp.serving.messages import (
@@ -34,18 +33,12 @@ from dwdp.serving.messages import (
     Ready,
     Request,
 )
+from dwdp.serving.rank_exit import EXIT_DONE, EXIT_FAILED, EXIT_PEER_FAILED, EXPECTED_ERRORS
 from dwdp.serving.recorder import recording
 from dwdp.system_memory import peak_rss_bytes
 
 if TYPE_CHECKING:
     from dwdp.engines.transformers import Attachment
-
-EXIT_DONE = 0
-EXIT_FAILED = 1
-EXIT_PEER_FAILED = 3
-"""Another rank's set-up failed; nothing is wrong with this one."""
-
-EXPECTED_ERRORS = (ValueError, GroupError, FabricError, OSError, MemoryError)
 
 
 @dataclass(frozen=True)
@@ -181,6 +174,7 @@ def serve_requests(channel: RankChannel, attachment: Attachment) -> bool:
             generated_tokens=generated_tokens,
             wall_s=time.monotonic() - first_request_s,
             num_fetches=stats.num_fetches,
+            num_demands=stats.num_demands,
             fetched_bytes=stats.fetched_bytes,
             num_waits=stats.num_waits,
             exposed_wait_s=stats.exposed_wait_s,

@@ -1,13 +1,9 @@
-"""What a run leaves behind: the completions and the report, written whole or not at all."""
+"""What a run comes to, as text and as a document: the completions, the trace and the report."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
-from pathlib import Path
 
 from dwdp._version import __version__
 from dwdp.config import DwdpConfig
@@ -74,6 +70,7 @@ def make_report(
                 staging_bytes=facts.staging_bytes,
                 num_slots=facts.num_slots,
                 num_fetches=counters.num_fetches,
+                num_demands=counters.num_demands,
                 fetched_bytes=counters.fetched_bytes,
                 num_waits=counters.num_waits,
                 exposed_wait_s=counters.exposed_wait_s,
@@ -94,58 +91,3 @@ def make_report(
         lost_ranks=tuple(sorted(loss.rank for loss in outcome.lost)),
         totals=total(tuple(ranks), outcome.wall_s),
     )
-
-
-def check_writable(path: Path) -> None:
-    """Check that ``path`` can be written, and leave nothing behind.
-
-    Raises:
-        ValueError: it cannot; the text says why.
-    """
-    if path.is_dir():
-        raise ValueError(f"{path} is a directory; name a file")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no directory {path.parent}")
-    if _is_special(path):
-        if not os.access(path, os.W_OK):
-            raise ValueError(f"{path} cannot be written")
-        return
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written: {error.strerror}") from error
-
-
-def write_files(contents: Mapping[Path, str]) -> None:
-    """Write every file, or none: each is written beside its place, and all are moved at the end.
-
-    Raises:
-        OSError: a file cannot be written. Nothing is left of any.
-    """
-    with ExitStack() as cleanup:
-        moves = []
-        for path, text in contents.items():
-            if _is_special(path):
-                path.write_text(text, encoding="utf-8")
-                continue
-            target = path.resolve()
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            cleanup.callback(Path(name).unlink, missing_ok=True)
-            with open(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
-            moves.append((name, target))
-        for name, target in moves:
-            os.replace(name, target)
-
-
-def _is_special(path: Path) -> bool:
-    """A pipe or a device, /dev/stdout for one, is written to, not replaced."""
-    return path.exists() and not path.is_file()
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

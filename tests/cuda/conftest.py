@@ -52,7 +52,7 @@ def driver(
     if (request.param == "gpu") != has_device:
         pytest.skip("no CUDA device" if request.param == "gpu" else "tested on the CUDA device")
     library = loaded_standin.library if loaded_standin else ctypes.CDLL("libcuda.so.1")
-    driver = Driver(library)
+    driver = Driver(library, keeps_streams=has_device)
     yield driver
     driver.close()
 
@@ -78,7 +78,7 @@ def device(driver: Driver) -> _C.CudaDevice:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a test took from the stand-in is given back when it ends."""
+    """Whatever a test took from the stand-in is given back, and no stream used after its end."""
     if "driver" not in request.fixturenames:
         yield
         return
@@ -88,8 +88,9 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     gc.collect()
-    before = loaded.live()
+    before, dead_streams = loaded.live(), loaded.misuses("dead stream")
     yield
     request.node.funcargs.clear()  # pytest would hold what fixtures made until after this
     gc.collect()
     assert loaded.live() == before
+    assert loaded.misuses("dead stream") == dead_streams

@@ -154,7 +154,12 @@ def fetch_twice(connection: Connection, settings: dict[str, object]) -> None:
     copies.append(driver.read(target.address, 5000))
     copied = copies == [pattern(0, 5000)] * 2
     connection.send(
-        ("copied" if copied else "lost", device.driver_version, engine.uses_batch_copies)
+        (
+            "copied" if copied else "lost",
+            device.driver_version,
+            engine.uses_batch_copies,
+            standin.Standin().misuses("unknown version"),
+        )
     )
 
 

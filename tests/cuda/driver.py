@@ -89,10 +89,16 @@ class Driver:
     """Calls of one driver library, made in the primary context of device 0.
 
     Methods raise :class:`DriverError`; ``result`` returns the code instead.
+
+    Args:
+        keeps_streams: whether streams live on until :meth:`close` when they are destroyed. A GPU's
+            driver does not check handles: using one that is gone may end the process.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, keeps_streams: bool = False) -> None:
         self.library = library
+        self.keeps_streams = keeps_streams
+        self.kept_streams: list[c_void_p] = []
         self._callbacks: list[Any] = []
         self.call("cuInit", c_uint(0))
         self._context = c_void_p()
@@ -102,6 +108,9 @@ class Driver:
 
     def close(self) -> None:
         self._reader.destroy()
+        for handle in self.kept_streams:
+            self.call("cuStreamDestroy", handle)
+        self.kept_streams.clear()
         self.call("cuCtxSetCurrent", None)
         self.call("cuDevicePrimaryCtxRelease", c_int(0))
 
@@ -236,6 +245,15 @@ class Driver:
             c_size_t(1),
         )
 
+    def make_readable(self, address: int, num_bytes: int) -> None:
+        """Read-only, or writable as well where the driver maps nothing read-only."""
+        try:
+            self.set_access(address, num_bytes, READ)
+        except DriverError as error:
+            if error.code not in (INVALID_VALUE, NOT_SUPPORTED, NOT_PERMITTED):
+                raise
+            self.set_access(address, num_bytes)
+
     def free_bytes(self) -> int:
         free, total = c_size_t(), c_size_t()
         self.call("cuMemGetInfo", byref(free), byref(total))
@@ -289,7 +307,11 @@ class Stream:
         self.driver.call("cuLaunchHostFunc", self.handle, self.driver.keep(function), None)
 
     def destroy(self) -> None:
-        self.driver.call("cuStreamDestroy", self.handle)
+        if self.driver.keeps_streams:
+            self.synchronize()
+            self.driver.kept_streams.append(self.handle)
+        else:
+            self.driver.call("cuStreamDestroy", self.handle)
 
     @contextmanager
     def capture(self, mode: int = CAPTURE_THREAD_LOCAL) -> Iterator[Graph]:
@@ -298,11 +320,12 @@ class Stream:
         self.driver.call("cuStreamBeginCapture", self.handle, c_int(mode))
         try:
             yield graph
+            self.driver.call("cuStreamEndCapture", self.handle, byref(graph.handle))
         except BaseException:
+            # Whatever failed, the stream is an ordinary one again.
             self.driver.result("cuStreamEndCapture", self.handle, byref(graph.handle))
             graph.destroy()
             raise
-        self.driver.call("cuStreamEndCapture", self.handle, byref(graph.handle))
 
 
 class Event:

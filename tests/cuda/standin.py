@@ -66,6 +66,7 @@ class Standin:
     def __init__(self) -> None:
         self.library = ctypes.CDLL(str(LIBRARY))
         self.library.standin_calls.restype = ctypes.c_int64
+        self.library.standin_misuses.restype = ctypes.c_int64
         self.library.standin_live.restype = ctypes.c_int64
         self.library.standin_fault_raised.restype = ctypes.c_char_p
 
@@ -83,6 +84,10 @@ class Standin:
 
     def calls(self, name: str) -> int:
         return int(self.library.standin_calls(name.encode()))
+
+    def misuses(self, what: str) -> int:
+        """Calls so far that a GPU's driver might not survive: ``"dead stream"``, ``"unknown version"``."""
+        return int(self.library.standin_misuses(what.encode()))
 
     def live(self) -> dict[str, int]:
         return {kind: int(self.library.standin_live(kind.encode())) for kind in KINDS}

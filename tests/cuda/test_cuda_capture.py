@@ -316,6 +316,42 @@ def test_an_event_recorded_in_a_capture_means_nothing_outside(
         stream.destroy()
 
 
+@pytest.mark.parametrize("use", ["event", "engine", "range", "another event"])
+def test_a_captured_stream_may_go_when_the_fabric_was_used_after_the_capture(
+    driver: Driver, device: _C.CudaDevice, standin: Standin, use: str
+) -> None:
+    """No call is made with its handle then: a GPU's driver would not find out that it is gone."""
+    compute, other = driver.stream(), driver.stream()
+    engine = _C.CudaCopyEngine(device, 1, 1)
+    source, slot, dropped = (mapped(driver, device, 4096, seed=i) for i in range(3))
+    fetch = engine.prepare([[(slot.address, source.address, 4096)]], [source, slot])
+    free, ready = _C.CudaEvent(device), _C.CudaEvent(device)
+    with compute.capture() as graph:
+        free.record(compute.address)
+        engine.submit(fetch, after=free, done=ready)
+        ready.wait(compute.address)
+    graph.destroy()
+    if use == "event":
+        ready.wait(other.address)
+    elif use == "another event":
+        _C.CudaEvent(device).record(other.address)
+    elif use == "range":
+        dropped.close()
+    else:
+        engine.close()
+    compute.destroy()
+    before = standin.misuses("dead stream")
+    if use != "engine":
+        engine.submit(fetch, after=free, done=ready)  # for which no capture goes on any more
+        ready.synchronize()
+        assert driver.read(slot.address, 4096) == pattern(0, 4096)
+    free.record(other.address)
+    source.close()
+    engine.close()
+    other.destroy()
+    assert standin.misuses("dead stream") == before
+
+
 def test_one_event_serves_one_capture_after_another(driver: Driver, device: _C.CudaDevice) -> None:
     compute = driver.stream()
     engine = _C.CudaCopyEngine(device, 2, 1)

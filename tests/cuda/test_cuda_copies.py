@@ -14,7 +14,7 @@ from standin import Standin
 from dwdp import _C
 from dwdp.fabric import FabricError
 
-LATE_NS = 30_000_000
+LATE_NS = 200_000_000
 
 
 def jitter(standin: Standin | None, longest_us: int, seed: int = 0) -> None:
@@ -389,6 +389,9 @@ def test_random_programs_match_a_plain_reference(
 def test_older_drivers_copy_and_capture_by_their_own_calls(
     version: int, hidden: str, batch: bool
 ) -> None:
-    """A batch copy with another signature, or none; capture information without edge data."""
+    """A batch copy with another signature, or none; capture information without edge data.
+
+    None is asked for what is newer than itself: compute-sanitizer counts that as an error.
+    """
     outcome = processes.outcome_of("fetch_twice", {"DRIVER_VERSION": version, "HIDE": hidden})
-    assert outcome == ("copied", (version // 1000, version % 1000 // 10), batch)
+    assert outcome == ("copied", (version // 1000, version % 1000 // 10), batch, 0)

@@ -123,7 +123,7 @@ def test_what_follows_in_the_stream_finds_the_experts(
     demand = experts.engine.prepare_demand(lists)
     chosen, result = mapped(driver, device, 4096), mapped(driver, device, 5000)
     driver.write(chosen.address, struct.pack("i", 1))
-    device.spin(experts.stream.address, 20_000_000)
+    device.spin(experts.stream.address, 200_000_000)
     driver.copy(experts.indices.address, chosen.address, 4, experts.stream)
     experts.engine.fetch_activated(demand, experts.indices.address, 1, 4, experts.stream.address)
     driver.copy(result.address, experts.target.address + 5000, 5000, experts.stream)

@@ -189,12 +189,13 @@ def test_the_fabric_works_on_after_a_failed_copy(
     engine.close()
 
 
+@pytest.mark.parametrize("code", [cu.INVALID_VALUE, cu.NOT_SUPPORTED, cu.NOT_PERMITTED])
 def test_a_driver_that_maps_nothing_read_only_is_asked_once_and_served(
-    driver: Driver, device: _C.CudaDevice, standin: Standin
+    driver: Driver, device: _C.CudaDevice, standin: Standin, code: int
 ) -> None:
     page = device.granularity
     region = _C.CudaRegion(device, page, "posix_fd")
-    standin.fail("cuMemSetAccess", 1, cu.NOT_SUPPORTED)
+    standin.fail("cuMemSetAccess", 1, code)
     calls = standin.calls("cuMemSetAccess")
     for expected in (2, 3):
         memory = _C.CudaAddressRange(device, page)

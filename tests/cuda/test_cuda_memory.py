@@ -115,6 +115,7 @@ def test_a_range_that_goes_during_a_capture_leaves_the_capture_valid(
     stream.synchronize()
     assert driver.read(kept.address, 512) == pattern(0, 1024)[512:]
     graph.destroy()
+    kept.close()  # lets go of both, and of the stream
     stream.destroy()
 
 

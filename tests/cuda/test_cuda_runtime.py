@@ -110,6 +110,33 @@ def test_every_rank_reads_every_expert_however_late_things_are(
     assert run_ranks(num_ranks, body) == [[]] * num_ranks
 
 
+def test_peers_memory_takes_no_access_call_of_its_own_for_every_tensor(
+    driver: Driver, standin: Standin
+) -> None:
+    """Of NVLink fabric memory each call takes a routing entry, and there are about 900."""
+    config = DwdpConfig(dwdp_size=3, fetch_mode="staged")
+
+    def num_lasting_calls() -> int:
+        # Memory that is new is mapped by itself for a moment, to be zeroed.
+        return standin.calls("cuMemSetAccess") - standin.calls("cuMemCreate")
+
+    def num_calls_to_attach(num_layers: int) -> int:
+        layers = odd_layers(num_layers)
+
+        def body(group: Group) -> None:
+            with attached(driver, group, config, layers):
+                return
+
+        before = num_lasting_calls()
+        run_ranks(3, body)
+        return num_lasting_calls() - before
+
+    # One where a rank's own experts are loaded, and one for the composite tensor.
+    num_ranges, num_large_tensors = 2, 2
+    more = num_calls_to_attach(6) - num_calls_to_attach(4)
+    assert more == 2 * 3 * num_large_tensors * num_ranges
+
+
 @pytest.mark.parametrize("mode", ["staged", "demand"])
 def test_a_captured_forward_replays_right(driver: Driver, standin: Standin, mode: str) -> None:
     """Amid forwards that are not captured, and with replays close on each other."""
@@ -138,6 +165,40 @@ def test_a_captured_forward_replays_right(driver: Driver, standin: Standin, mode
 
     standin.set("JITTER_US", 500)
     assert run_ranks(2, body) == [[], []]
+
+
+@pytest.mark.parametrize("num_layers", [4, 5])
+@pytest.mark.usefixtures("standin")
+def test_a_forward_that_finds_nothing_fetched_fills_every_slot_at_once(
+    driver: Driver, num_layers: int
+) -> None:
+    """In a graph, and without one after it. Of 5 layers in 2 slots, the last one has a third slot."""
+    layers = odd_layers(num_layers)
+    config = DwdpConfig(dwdp_size=2, fetch_mode="staged", num_slots=2)
+    num_slots = 2 + num_layers % 2
+
+    def fetches_in_begin(runtime: DwdpRuntime) -> list[int]:
+        """Of one forward, by layer."""
+        counts = []
+        for index in range(num_layers):
+            before = runtime.stats().num_fetches
+            runtime.begin(index)
+            counts.append(runtime.stats().num_fetches - before)
+            runtime.end(index)
+        return counts
+
+    def body(group: Group) -> list[list[int]]:
+        with attached(driver, group, config, layers) as (runtime, stream):
+            counts = [fetches_in_begin(runtime)]
+            with stream.capture() as graph:
+                counts.append(fetches_in_begin(runtime))
+            graph.destroy()
+            counts += [fetches_in_begin(runtime) for _ in range(2)]
+            stream.synchronize()
+            return counts
+
+    at_once = [num_slots] + [0] * (num_layers - 1)
+    assert run_ranks(2, body) == [[[0] * num_layers, at_once, at_once, at_once]] * 2
 
 
 def attach_and_run(

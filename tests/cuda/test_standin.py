@@ -37,7 +37,11 @@ def mapped(driver: Driver, num_bytes: int) -> Iterator[int]:
 
 
 class Gate:
-    """Holds up a stream until it is opened."""
+    """Holds up a stream until it is opened.
+
+    A GPU may run the host functions of all streams one by one: there is one gate at a time, and
+    nothing else that a host function has to do before it opens.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self._opened = threading.Event()
@@ -116,7 +120,7 @@ def test_imported_memory_outlives_the_process_that_made_it(driver: Driver) -> No
     address = driver.reserve(page)
     driver.map(address, page, handle)
     driver.release(handle)
-    driver.set_access(address, page, cu.READ)
+    driver.make_readable(address, page)
     assert driver.read(address, 14) == b"made elsewhere"
     driver.unmap(address, page)
     driver.free_reservation(address, page)
@@ -160,6 +164,7 @@ def test_a_wait_is_for_the_record_before_it(driver: Driver) -> None:
         thing.destroy()
 
 
+@pytest.mark.usefixtures("standin")  # two gates at a time
 def test_the_legacy_stream_and_blocking_streams_wait_for_each_other(driver: Driver) -> None:
     blocking, free = driver.stream(flags=0), driver.stream()
     order: list[str] = []
@@ -259,6 +264,7 @@ def test_a_graph_copies_what_the_source_holds_when_it_is_launched(driver: Driver
     stream.destroy()
 
 
+@pytest.mark.usefixtures("standin")  # host functions that wait for each other
 def test_forked_streams_join_a_capture_and_run_at_once(driver: Driver) -> None:
     """Two branches that each wait for the other: only concurrent ones finish."""
     main, side = driver.stream(), driver.stream()
@@ -306,7 +312,9 @@ def test_a_capture_waits_for_outside_events_only_as_external_nodes(driver: Drive
         thing.destroy()
 
 
-def test_an_external_record_is_a_record_of_each_launch(driver: Driver) -> None:
+def test_an_external_record_is_a_record_of_each_launch(
+    driver: Driver, loaded_standin: Standin | None
+) -> None:
     main = driver.stream()
     event = driver.event()
     gates: list[threading.Event] = [threading.Event(), threading.Event()]
@@ -318,10 +326,11 @@ def test_an_external_record_is_a_record_of_each_launch(driver: Driver) -> None:
     graph.instantiate()
     for gate in gates:
         graph.launch(main)
-        assert not event.complete()
+        # A GPU may take until the node's turn to make the event a new one.
+        assert loaded_standin is None or not event.complete()
         gate.set()
-        event.synchronize()
-    main.synchronize()
+        main.synchronize()
+        assert event.complete()
     graph.destroy()
     event.destroy()
     main.destroy()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint, make_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from dwdp.engines.transformers.checkpoint import CheckpointError, SafetensorsFile, open_checkpoint
 from dwdp.engines.transformers.experts import UnsupportedModelError
@@ -164,7 +165,7 @@ def test_header_that_is_not_json(path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "parts"),
     [
-        (lambda entry: entry.update(dtype="F4"), ["has dtype F4"]),
+        (lambda entry: entry.update(dtype="F4", data_offsets=[8, 0]), ["F4 cannot lie at bytes"]),
         (lambda entry: entry.update(shape=[3, 3]), ["[3, 3] F32 cannot lie at bytes"]),
         (lambda entry: entry.pop("shape"), ["its header is not valid ('shape')"]),
         (lambda entry: entry.update(data_offsets=[0, 8]), ["cannot lie at bytes"]),
@@ -179,6 +180,32 @@ def test_header_that_contradicts_itself(
 ) -> None:
     edit_header(path, lambda header: edit(header["model.norm.weight"]))
     assert_refused(path, CheckpointError, WEIGHTS, *parts)
+
+
+@pytest.mark.parametrize("key", ["model.norm.weight", f"{EXPERT}.3.up_proj.weight"])
+def test_unknown_dtype_of_a_tensor_that_is_needed(key: str, path: Path) -> None:
+    edit_header(path, lambda header: header[key].update(dtype="F8_E8M0"))
+    parts = (f"{key} in ", WEIGHTS, "has dtype F8_E8M0, which dwdp does not load: use a float32")
+    assert_refused(path, CheckpointError, *parts)
+
+
+def test_unknown_dtype_of_a_tensor_that_the_model_does_not_use(path: Path) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(path)
+    edit_weights(path, extra__scale=torch.zeros(3, dtype=torch.complex64))
+    assert "C64" in (path / WEIGHTS).read_bytes()[:1_000_000].decode("latin1")
+    inspect_checkpoint(path)
+    model, *_ = load_sharded(path, "auto", lambda layers: NoExperts())
+    assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+
+
+class NoExperts:
+    """A rank that stores no experts."""
+
+    def resident(self, layer: Any) -> list[int]:
+        return []
+
+    def destination(self, tensor: Any, expert: int) -> torch.Tensor:
+        raise AssertionError("an expert was loaded")
 
 
 @pytest.mark.parametrize("text", ["[]", "null", "[" * 100_000])

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, make_model
 from ranks import run_ranks
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from dwdp.config import DwdpConfig
 from dwdp.engines.transformers import Attachment, attach, load
+from dwdp.engines.transformers.experts import UnsupportedModelError
 from dwdp.group import Group
+from dwdp.rendezvous import PeerFailure
 
 ARCHITECTURES = (
     "qwen3_moe",
@@ -104,7 +107,7 @@ def test_tokens_and_logits_equal_the_whole_models(checkpoint: Path, num_ranks: i
 def whole_experts(checkpoint: Path) -> int:
     from dwdp.engines.transformers.loading import inspect_checkpoint
 
-    return inspect_checkpoint(checkpoint).num_experts
+    return min(layer.num_experts for layer in inspect_checkpoint(checkpoint).expert_layers)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -229,6 +232,55 @@ def test_an_exception_in_a_forward_leaves_the_ring_usable(tmp_path: Path) -> Non
     on_ranks(config, lambda group: load(checkpoint, group, config), check)
 
 
+@pytest.mark.parametrize("mode", ["staged", "direct"])
+def test_a_failure_after_attaching_leaves_the_model_as_it_was(tmp_path: Path, mode: str) -> None:
+    checkpoint = make_checkpoint("qwen3_moe", tmp_path / "model")
+    original = whole_model(checkpoint)
+    expected = Expected(original)
+    config = DwdpConfig(dwdp_size=2, fetch_mode=mode)
+
+    def fail(*_: object) -> None:
+        raise TypeError("hooks are out of order")
+
+    def body(group: Group) -> None:
+        model = copy.deepcopy(original)
+        broken = model.model.layers[2].mlp.experts
+        broken.register_load_state_dict_pre_hook = fail
+        with pytest.raises(TypeError, match="out of order"):
+            attach(model, group, config)
+        expected.check(model)
+        assert not any("forward" in vars(module) for module in model.modules())
+
+    run_ranks(2, body)
+    gc.collect()
+    assert "memfd:" not in Path("/proc/self/maps").read_text()
+    assert not [target for target in open_descriptors() if "memfd:" in target]
+
+
+class OneArgument(Qwen3MoeExperts):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+
+def test_a_forward_without_a_choice_is_refused_where_experts_are_staged() -> None:
+    def body(group: Group, config: DwdpConfig) -> None:
+        model = make_model("qwen3_moe")
+        model.model.layers[1].mlp.experts.__class__ = OneArgument
+        attach(model, group, config).detach()
+
+    run_ranks(2, lambda group: body(group, DwdpConfig(dwdp_size=2, fetch_mode="direct")))
+    with pytest.raises(
+        (UnsupportedModelError, PeerFailure),
+        match=r"layers.1.mlp.experts \(OneArgument\) has a forward that takes hidden_states: .*'direct'",
+    ):
+        run_ranks(2, lambda group: body(group, DwdpConfig(dwdp_size=2, fetch_mode="staged")))
+
+
+def test_several_groups_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"num_groups is 2: .* leave it out"):
+        attach(make_model("qwen3_moe"), Group.single(), DwdpConfig(num_groups=2))
+
+
 def test_expert_memory_is_the_share_and_nothing_is_left(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("mixtral", tmp_path / "model")
     model = whole_model(checkpoint)
@@ -240,7 +292,7 @@ def test_expert_memory_is_the_share_and_nothing_is_left(tmp_path: Path) -> None:
     def body(group: Group) -> int:
         with load(checkpoint, group, config) as attachment:
             assert attachment.load_report is not None
-            assert attachment.load_report.resident_expert_bytes <= num_expert_bytes
+            assert attachment.load_report.loaded_expert_bytes <= num_expert_bytes
             return attachment.runtime.stats().resident_expert_bytes
 
     resident = run_ranks(2, body)

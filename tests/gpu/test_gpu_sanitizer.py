@@ -27,7 +27,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
         env=environ,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=55,
         check=False,
     )
 

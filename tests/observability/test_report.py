@@ -44,8 +44,22 @@ def rank_report(rank: int, **values: float) -> RankReport:
 
 def report() -> GenerateReport:
     ranks = (
-        rank_report(0, num_prompts=2, generated_tokens=30, fetched_bytes=5, exposed_wait_s=0.5),
-        rank_report(1, num_prompts=1, generated_tokens=10, fetched_bytes=7, exposed_wait_s=0.25),
+        rank_report(
+            0,
+            num_prompts=2,
+            generated_tokens=30,
+            num_demands=3,
+            fetched_bytes=5,
+            exposed_wait_s=0.5,
+        ),
+        rank_report(
+            1,
+            num_prompts=1,
+            generated_tokens=10,
+            num_demands=4,
+            fetched_bytes=7,
+            exposed_wait_s=0.25,
+        ),
     )
     return GenerateReport(
         dwdp_version="1.2.3",
@@ -105,7 +119,7 @@ def test_a_report_survives_the_file() -> None:
 def test_an_unknown_version_or_field_is_refused() -> None:
     text = report().model_dump_json()
     with pytest.raises(ValidationError, match="schema_version"):
-        GenerateReport.model_validate_json(text.replace('"schema_version":1', '"schema_version":2'))
+        GenerateReport.model_validate_json(text.replace('"schema_version":2', '"schema_version":1'))
     with pytest.raises(ValidationError, match="extra"):
         GenerateReport.model_validate_json(text.replace('"launcher"', '"surprise":1,"launcher"'))
 
@@ -113,6 +127,6 @@ def test_an_unknown_version_or_field_is_refused() -> None:
 def test_totals_are_sums_over_the_ranks() -> None:
     totals = report().totals
     assert (totals.num_prompts, totals.generated_tokens, totals.fetched_bytes) == (3, 40, 12)
-    assert totals.exposed_wait_s == 0.75
+    assert (totals.num_demands, totals.exposed_wait_s) == (7, 0.75)
     assert totals.tokens_per_s == 10.0
     assert per_second(0, 0.0) == 0.0

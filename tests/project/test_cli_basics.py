@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
 import pydantic
@@ -84,6 +85,61 @@ def test_unknown_words_are_bad_input(
     assert captured.err.startswith("dwdp: error: ")
     assert named in captured.err
     assert captured.err.count("\n") == 1
+
+
+PLAN = ("plan", "deepseek-r1", "--hardware", "gb200", "--isl", "1024", "--osl", "8")
+MAKE_MODEL = ("make-model", "{folder}/model", "--arch", "qwen3_moe")
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value", "what"),
+    [
+        (MAKE_MODEL, "--expert-gib", "inf", "inf is not in the range 0<x<=1048576"),
+        (MAKE_MODEL, "--expert-gib", "nan", "'nan' is not a finite number"),
+        (MAKE_MODEL, "--expert-gib", "1e300", "1e+300 is not in the range"),
+        (MAKE_MODEL, "--expert-gib", "big", "'big' is not a valid number"),
+        (MAKE_MODEL, "--seed", str(2**64), f"{2**64} is not in the range 0<=x<={2**63 - 1}"),
+        (MAKE_MODEL, "--num-layers", str(10**14), f"{10**14} is not in the range 1<=x<=10000"),
+        (MAKE_MODEL, "--num-experts", str(10**20), "is not in the range 1<=x<=65536"),
+        (MAKE_MODEL, "--hidden-size", str(10**20), "is not in the range 1<=x<=1048576"),
+        (MAKE_MODEL, "--num-layers", "x", "'x' is not a valid integer"),
+        (PLAN, "--ranks", "x", "'x' is not a valid integer"),
+        (PLAN, "--tps-per-user", "nan", "'nan' is not a finite number"),
+        (PLAN, "--tps-per-user", "inf", "'inf' is not a finite number"),
+        (PLAN, "--load-cv", "x", "'x' is not a valid number"),
+        (PLAN, "--json", "{folder}/none/plan.json", "there is no directory"),
+        (("reproduce",), "--json", "{folder}/none/all.json", "there is no directory"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(
+    command: tuple[str, ...],
+    flag: str,
+    value: str,
+    what: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run([word.format(folder=tmp_path) for word in (*command, flag, value)]) == 2
+    error = capsys.readouterr().err
+    assert what in error
+    assert error.startswith("dwdp: error: ") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_is_written_with_all_its_files_or_not_at_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    as_json = ["--json", str(tmp_path / "plan.json")]
+    assert run([*PLAN, *as_json, "--out", str(tmp_path / "file" / "job")]) == 2
+    assert f"{tmp_path / 'file' / 'job'}: Not a directory" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    assert run([*PLAN, *as_json, "--out", str(tmp_path / "new" / "job")]) == 0
+    assert f"wrote {tmp_path / 'new' / 'job' / 'plan.json'}" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "new", "plan.json"]
+    job = (tmp_path / "new" / "job" / "plan.json").read_text()
+    assert job == (tmp_path / "plan.json").read_text()
 
 
 def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,3 +254,39 @@ def test_python_dash_m_is_the_same_command() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("dwdp: error: ")
+
+
+def test_standard_streams_that_are_closed_lead_nowhere(tmp_path: Path) -> None:
+    script = (
+        "import os, subprocess, sys, click\n"
+        "from pathlib import Path\n"
+        "from dwdp.cli import main as m\n"
+        "@click.command()\n"
+        "@click.argument('path', type=Path)\n"
+        "def probe(path):\n"
+        "    ours = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)]\n"
+        "    print('lost')\n"
+        "    print('lost', file=sys.stderr)\n"
+        "    assert sys.stdin.read() == ''\n"
+        "    with path.open('w') as file:\n"
+        "        child = subprocess.run(['sh', '-c', 'echo a && echo b >&2'])\n"
+        "        file.write(f'{ours} {child.returncode}')\n"
+        "m.COMMANDS['probe'] = m.CommandEntry('__main__', 'probe', 'A test\\'s own.')\n"
+        "m.main(['probe', sys.argv[1]])\n"
+    )
+    found = tmp_path / "found"
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    done = subprocess.run([*closed, sys.executable, "-c", script, str(found)], timeout=60)
+    assert done.returncode == 0
+    assert found.read_text() == f"{['/dev/null'] * 3} 0"
+
+
+def test_an_error_without_standard_error_is_still_an_exit_code() -> None:
+    closed = ["sh", "-c", 'exec "$@" 2>&-', "sh"]
+    done = subprocess.run(
+        [*closed, sys.executable, "-m", "dwdp", "generate", "/nowhere", "--prompt", "x"],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")

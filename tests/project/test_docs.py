@@ -24,6 +24,8 @@ DOCUMENTS = [
 ]
 DOCUMENT_IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 MADE_BY_SETUP = (".venv",)
+# What else stands alone in a table's cell, in capitals of five or more, is a figure that was forgotten.
+NAMES_IN_CAPITALS = {"CUTEDSL", "CUTLASS", "DEEPGEMM", "TRITON", "TRTLLM", "VANILLA"}
 
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -88,6 +90,13 @@ def test_repository_paths_exist(path: Path) -> None:
         )
         if is_path and first not in MADE_BY_SETUP:
             assert (ROOT / code).exists() or (path.parent / code).exists(), f"{code} is not there"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=DOCUMENT_IDS)
+def test_no_table_has_a_placeholder(path: Path) -> None:
+    rows = [line for line in read(path).splitlines() if line.startswith("|")]
+    cells = {cell.strip(" *`_") for row in rows for cell in row.split("|")}
+    assert {cell for cell in cells if re.fullmatch(r"[A-Z]{5,}", cell)} <= NAMES_IN_CAPITALS
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=DOCUMENT_IDS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,21 @@ def test_the_demo(tmp_path: Path) -> None:
     for mode in ("staged", "direct"):
         assert f"{mode}: 8 of 8 completions (32 tokens) equal the unsharded model's" in output
     assert "DIFFERENT" not in output
+    shown = [line[2:] for line in output.splitlines() if line.startswith("$ ")]
+    assert len(shown) == 2
+    assert "--max-new-tokens 4" in shown[0]
+    check_it_would_run(shown[0], tmp_path)
+
+
+def check_it_would_run(command: str, folder: Path) -> None:
+    """A ``dwdp generate`` finds out last of all, before it starts ranks, that its port is in use."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        words = [*shlex.split(command), "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Address already in use" in done.stderr
 
 
 @pytest.mark.timeout(300)

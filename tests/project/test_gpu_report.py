@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 sys.path.append(str(FOLDER))
@@ -17,12 +20,15 @@ sys.path.append(str(FOLDER))
 import demand_crossover  # noqa: E402
 import fetch_bandwidth  # noqa: E402
 import figures  # noqa: E402
+import gpu_tests  # noqa: E402
 import harness  # noqa: E402
 import issue_time  # noqa: E402
 import layer  # noqa: E402
 import model_throughput  # noqa: E402
 import overlap  # noqa: E402
-import report  # noqa: E402
+import prerequisites  # noqa: E402
+import report_command  # noqa: E402
+import steps  # noqa: E402
 
 PROGRAMS = (fetch_bandwidth, issue_time, overlap, demand_crossover, model_throughput)
 
@@ -37,11 +43,11 @@ def sample_table(ratio: float | None) -> figures.Table:
     )
 
 
-def sample_report(ratio: float | None, **problem: object) -> report.Report:
+def sample_report(ratio: float | None, **problem: object) -> report_command.Report:
     environment = {"GPU": "NVIDIA H100 80GB HBM3", "torch": "2.11.0"}
-    part = report.Part("fetch bandwidth", "python bench.py", 12.3, tables=[sample_table(ratio)])
-    other = report.Part("model", "python model.py", 0.0, **problem)
-    return report.Report("2026-11-21", "make gpu-report", 400.0, environment, [part, other])
+    part = figures.Part("fetch bandwidth", "python bench.py", 12.3, tables=[sample_table(ratio)])
+    other = figures.Part("model", "python model.py", 0.0, **problem)
+    return report_command.Report("2026-11-21", "make gpu-report", 400.0, environment, [part, other])
 
 
 def test_a_figure_that_was_not_measured_is_marked_and_judged_by_nobody() -> None:
@@ -75,8 +81,9 @@ def test_rows_must_fit_their_headings() -> None:
 def test_tables_survive_the_trip_through_a_file(tmp_path: Path) -> None:
     tables = [sample_table(0.97), sample_table(None)]
     path = tmp_path / "deep" / "tables.json"
-    figures.write_tables(path, tables)
-    assert figures.read_tables(path) == tables
+    for is_complete in (False, True):
+        figures.write_tables(path, tables, is_complete=is_complete)
+        assert figures.read_tables(path) == (tables, is_complete)
     json.loads(path.read_text(), parse_constant=pytest.fail)
 
 
@@ -124,77 +131,225 @@ def test_a_program_that_runs_too_long_is_ended_with_its_children(tmp_path: Path)
         "import subprocess, sys, time; print('begun', flush=True); "
         f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     )
-    done = report.run(("-c", program), 5.0)
+    done = steps.run(("-c", program), 5.0)
     assert done.returncode is None and done.output.strip() == "begun"
     status = Path("/proc", alive.read_text(), "stat")
     assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def benchmark_of(tmp_path: Path, body: str, limit_s: float = 60.0) -> report.Part:
+def benchmark_of(tmp_path: Path, body: str, limit_s: float = 60.0) -> figures.Part:
+    """A program for which ``write(ratio, is_complete)`` is there to write a table with."""
     program = tmp_path / "program.py"
-    program.write_text(f"import pathlib, sys, time\n{body}\n")
-    return report.benchmark(report.Step("b", (str(program),), limit_s), limit_s)
+    for name, ratio in (("table", 0.99), ("missed", 0.5)):
+        for is_complete in (False, True):
+            path = tmp_path / f"{name}-{is_complete}.json"
+            figures.write_tables(path, [sample_table(ratio)], is_complete=is_complete)
+    program.write_text(
+        "import pathlib, sys, time\n"
+        "def write(name, is_complete):\n"
+        f"    source = pathlib.Path({str(tmp_path)!r}, f'{{name}}-{{is_complete}}.json')\n"
+        "    pathlib.Path(sys.argv[4]).write_text(source.read_text())\n"
+        f"{body}\n"
+    )
+    return steps.benchmark(steps.Step("b", (str(program),), limit_s, 0.0), limit_s)
 
 
 def test_what_a_benchmark_writes_is_read(tmp_path: Path) -> None:
-    source = tmp_path / "source.json"
-    figures.write_tables(source, [sample_table(0.5)])
-    copy = f"pathlib.Path(sys.argv[4]).write_text(pathlib.Path({str(source)!r}).read_text())"
-    part = benchmark_of(tmp_path, f"{copy}; sys.exit(1)")
+    part = benchmark_of(tmp_path, "write('missed', True); sys.exit(1)")
     assert part.tables == [sample_table(0.5)]
     assert not part.failed and part.outcome == "1 limit(s) missed"
 
 
-def test_a_benchmark_that_breaks_or_hangs_costs_its_own_figures_only(tmp_path: Path) -> None:
-    broken = benchmark_of(tmp_path, "print('noise'); sys.exit('error: the GPU is on fire')")
+@pytest.mark.parametrize("has_tables", [False, True])
+def test_a_benchmark_that_breaks_or_hangs_costs_only_figures_that_were_to_come(
+    tmp_path: Path, has_tables: bool
+) -> None:
+    first = "write('table', False); " if has_tables else ""
+    missing = "not all measured" if has_tables else "not measured"
+    broken = benchmark_of(tmp_path, f"{first}print('noise'); sys.exit('error: the GPU is on fire')")
     assert broken.failed
-    assert broken.outcome == "FAILED, not measured: error: the GPU is on fire"
-    late = benchmark_of(tmp_path, "time.sleep(60)", limit_s=2.0)
-    assert not late.failed and late.outcome == "not measured: ran past 2 s"
+    assert broken.outcome == f"FAILED, {missing}: error: the GPU is on fire"
+    late = benchmark_of(tmp_path, f"{first}time.sleep(60)", limit_s=5.0)
+    assert not late.failed and late.outcome == f"{missing}: ran past 5 s"
+    for part in (broken, late):
+        assert part.tables == [sample_table(0.99)] * has_tables
 
 
+def test_a_benchmark_that_breaks_at_its_very_end_has_failed(tmp_path: Path) -> None:
+    part = benchmark_of(tmp_path, "write('table', True); import os; os._exit(3)")
+    assert part.failed and part.outcome == "FAILED: ended with code 3"
+    assert part.tables == [sample_table(0.99)]
+
+
+@pytest.fixture
+def few_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pytest in other processes starts with what it is given: loading all that is installed takes seconds."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_PLUGINS", "pytest_timeout")
+
+
+def run_tests(tmp_path: Path, text: str) -> figures.Part:
+    """The part of a report that tests with this source make."""
+    file = tmp_path / "test_x.py"
+    file.write_text(f"import os, time, pytest\n{text}")
+    arguments = ("-m", "pytest", "-q", f"--rootdir={tmp_path}", str(file))
+    return gpu_tests.gpu_tests(steps.Step("GPU tests", arguments, 100.0, 0.0), 100.0)
+
+
+def rows_of(part: figures.Part) -> list[tuple[str, str]]:
+    return [(str(row[0]), str(row[1])) for row in part.tables[0].rows]
+
+
+@pytest.mark.usefixtures("few_plugins")
 def test_tests_are_rows_with_their_reasons(tmp_path: Path) -> None:
-    path = tmp_path / "junit.xml"
+    part = run_tests(
+        tmp_path,
+        """
+@pytest.mark.parametrize("mode", ["staged"])
+def test_a(mode): pass
+def test_b(): assert 1 == 2
+def test_c(): pytest.skip("compute-sanitizer is not on PATH")
+@pytest.fixture
+def broken():
+    yield
+    raise RuntimeError("cannot be torn down")
+def test_d(broken): pass
+""",
+    )
+    assert rows_of(part) == [
+        ("test_x::test_a[staged]", "passed"),
+        ("test_x::test_b", "FAILED"),
+        ("test_x::test_c", "skipped"),
+        ("test_x::test_d", "FAILED"),
+    ]
+    notes = part.tables[0].notes
+    assert notes[0].startswith("test_x::test_b: FAILED: assert 1 == 2")
+    assert notes[1] == "test_x::test_c: skipped: compute-sanitizer is not on PATH"
+    assert notes[2] == "test_x::test_d: FAILED: RuntimeError: cannot be torn down"
+    assert part.failed and part.outcome == "FAILED: 2 of 4 tests failed"
+
+
+@pytest.mark.usefixtures("few_plugins")
+def test_tests_that_pass_make_a_good_part(tmp_path: Path) -> None:
+    part = run_tests(tmp_path, "def test_a(): pass")
+    assert not part.failed and part.outcome == "done"
+
+
+@pytest.mark.usefixtures("few_plugins")
+@pytest.mark.parametrize(
+    ("text", "outcome"),
+    [
+        ("def test_a(): pytest.skip('no')", "FAILED: 0 of 1 tests passed: 1 skipped"),
+        ("import no_such_module\ndef test_a(): pass", "FAILED: 1 of 1 tests failed"),
+        ("def helper(): pass", "FAILED: 0 of 0 tests passed: no tests ran"),
+    ],
+)
+def test_without_a_test_that_passes_the_part_fails(tmp_path: Path, text: str, outcome: str) -> None:
+    part = run_tests(tmp_path, text)
+    assert part.failed and part.outcome.startswith(outcome)
+
+
+@pytest.mark.usefixtures("few_plugins")
+def test_no_test_is_begun_late_and_that_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_tests, "LAST_TEST_S", 1000.0)
+    part = run_tests(tmp_path, "def test_a(): pass\ndef test_b(): pass")
+    assert rows_of(part) == [("test_x::test_a", "not run"), ("test_x::test_b", "not run")]
+    assert not part.failed and part.outcome == "not all run: 0 of 2, the time was up"
+
+
+def test_a_test_that_is_cut_off_was_not_run(tmp_path: Path) -> None:
+    """What had passed until then counts; so does a line that was not written to its end."""
+    path = tmp_path / "log.jsonl"
     path.write_text(
-        """<testsuites><testsuite>
-        <testcase classname="tests.gpu.test_x" name="test_a[staged]" time="1.25" />
-        <testcase classname="tests.gpu.test_x" name="test_b" time="0.5">
-          <failure message="assert 1 == 2">long</failure></testcase>
-        <testcase classname="tests.gpu.test_x" name="test_c" time="0">
-          <skipped message="compute-sanitizer is not on PATH" /></testcase>
-        </testsuite></testsuites>"""
+        '{"collected": ["t.py::a", "t.py::b", "t.py::c"]}\n{"started": "t.py::a", "at": 90.0}\n'
+        '{"test": "t.py::a", "outcome": "passed", "seconds": 1.0, "reason": ""}\n'
+        '{"started": "t.py::b", "at": 95.0}\n{"test": "t.py::b", "outc'
     )
-    table = report.read_junit(path)
-    assert table.rows == (
-        ("test_x::test_a[staged]", "passed", 1.25),
-        ("test_x::test_b", "FAILED", 0.5),
-        ("test_x::test_c", "skipped", 0.0),
-    )
-    assert table.notes == (
-        "test_x::test_b: FAILED: assert 1 == 2",
-        "test_x::test_c: skipped: compute-sanitizer is not on PATH",
-    )
+    log = gpu_tests.Log.read(path)
+    done = steps.Outcome(None, 100.0, "")
+    log.end(done, 100.0)
+    assert [row[1] for row in log.table().rows] == ["passed", "not run", "not run"]
+    assert gpu_tests.verdict(log, done) == (False, "not all run: 1 of 3, the time was up")
 
 
-@pytest.mark.parametrize(("limit_s", "is_measured"), [(60.0, True), (report.LEAST_S / 2, False)])
+@pytest.mark.usefixtures("few_plugins")
+def test_a_test_that_ends_pytest_has_failed(tmp_path: Path) -> None:
+    part = run_tests(tmp_path, "def test_a(): pass\ndef test_b(): os._exit(7)\ndef test_c(): pass")
+    assert part.failed and part.outcome == "FAILED: 1 of 3 tests failed"
+    assert part.tables[0].notes == ("test_x::test_b: FAILED: pytest ended in it, with code 7",)
+
+
+def test_a_test_that_hangs_has_failed_whatever_else_was_run() -> None:
+    log = gpu_tests.Log(["t.py::a", "t.py::b"], {"t.py::a": ("passed", 1.0, "")})
+    log.running = ("t.py::b", 100.0)
+    done = steps.Outcome(None, 170.0, "")
+    log.end(done, 100.0 + gpu_tests.TEST_LIMIT_S)
+    assert gpu_tests.verdict(log, done) == (True, "FAILED: 1 of 2 tests failed")
+    assert log.table().notes == ("t::b: FAILED: did not end within 60 s",)
+
+
+def test_every_file_of_gpu_tests_is_named_once() -> None:
+    """Pytest takes a file out of its turn where the folder is named as well."""
+    named = [path for path in report_command.TESTS.arguments if path.startswith("tests/")]
+    files = [str(path.relative_to(steps.ROOT)) for path in steps.ROOT.glob("tests/gpu/test_*.py")]
+    assert sorted(named) == sorted([*files, "tests/cuda"])
+
+
+@pytest.mark.parametrize("taken", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("build_s", [0.0, 90.0, report_command.BUILD.limit_s])
+def test_the_limits_fit_the_time_and_leave_every_step_its_least(
+    build_s: float, taken: float
+) -> None:
+    """Whatever share of its limit each step takes."""
+    sequence = (report_command.TESTS, *report_command.BENCHMARKS)
+    left_s = report_command.TOTAL_S - build_s - 20.0  # to look at the environment
+    for index, step in enumerate(sequence):
+        limit_s = report_command.limit_of(step, sequence[index + 1 :], left_s)
+        assert step.least_s <= limit_s <= min(step.limit_s, left_s)
+        left_s -= taken * limit_s
+    assert left_s >= 0.0
+
+
+def test_a_step_without_its_least_is_left_out() -> None:
+    sequence = report_command.BENCHMARKS
+    first = sequence[0]
+    assert report_command.limit_of(first, sequence[1:], first.least_s - 1.0) == 0.0
+    assert report_command.limit_of(first, sequence[1:], first.least_s) == first.least_s
+
+
+def test_nine_minutes_are_enough() -> None:
+    """The last step ends by the total, but for the killing of what does not end by itself."""
+    assert report_command.TOTAL_S + steps.KILL_S * 3 < 9 * 60
+
+
+@pytest.mark.usefixtures("few_plugins")
+@pytest.mark.parametrize(("least_s", "is_measured"), [(10.0, True), (1000.0, False)])
 def test_everything_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_s: float, is_measured: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least_s: float, is_measured: bool
 ) -> None:
     source, program, test = (tmp_path / name for name in ("t.json", "program.py", "test_one.py"))
-    figures.write_tables(source, [sample_table(0.99)])
+    folder = tmp_path / "results"
+    figures.write_tables(source, [sample_table(0.99)], is_complete=True)
+    # The report is there already: all parts, with what came of the tests.
     program.write_text(
-        "import pathlib, sys\n"
+        "import json, pathlib, sys\n"
+        f"(written,) = pathlib.Path({str(folder)!r}).glob('*.json')\n"
+        "parts = json.loads(written.read_text())['parts']\n"
+        "outcomes = [part['outcome'] for part in parts]\n"
+        "assert outcomes == ['done', 'done', 'not measured: not reached'], outcomes\n"
         f"pathlib.Path(sys.argv[4]).write_text(pathlib.Path({str(source)!r}).read_text())\n"
     )
     test.write_text("def test_one() -> None:\n    assert True\n")
-    monkeypatch.setattr(report, "BUILD", report.Step("build", ("-c", "pass"), 60))
+    monkeypatch.setattr(report_command, "BUILD", steps.Step("build", ("-c", "pass"), 60, 0))
     tests = ("-m", "pytest", "-q", f"--rootdir={tmp_path}", str(test))
-    monkeypatch.setattr(report, "TESTS", report.Step("GPU tests", tests, 100))
-    benchmarks = (report.Step("fetch bandwidth", (str(program),), limit_s),)
-    monkeypatch.setattr(report, "BENCHMARKS", benchmarks)
-    monkeypatch.setattr(report, "describe_environment", lambda: {"GPU": "NVIDIA H200"})
-    folder = tmp_path / "results"
-    done = CliRunner().invoke(report.main, ["--output-dir", str(folder)])
+    monkeypatch.setattr(report_command, "TESTS", steps.Step("GPU tests", tests, 100, 50))
+    benchmarks = (steps.Step("fetch bandwidth", (str(program),), 60.0, least_s),)
+    monkeypatch.setattr(report_command, "BENCHMARKS", benchmarks)
+    environment = {"GPU": "NVIDIA H200"}
+    monkeypatch.setattr(report_command, "describe_environment", lambda limit_s: environment)
+    done = invoke(folder)
     assert done.exit_code == 0, done.output
     markdown, as_json = sorted(folder.iterdir(), key=lambda path: path.suffix, reverse=True)
     assert markdown.name.startswith("h200-") and markdown.suffix == ".md"
@@ -206,18 +361,24 @@ def test_everything_together(
     assert ("not measured: no time was left" in markdown.read_text()) is not is_measured
 
 
+def invoke(folder: Path) -> Result:
+    """The report, begun now."""
+    arguments = ["--output-dir", str(folder)]
+    return CliRunner().invoke(report_command.report, arguments, obj=time.monotonic())
+
+
 def test_a_build_that_fails_is_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = report.Step("build", ("-c", "import sys; sys.exit('error: no compiler')"), 60)
-    monkeypatch.setattr(report, "BUILD", broken)
-    done = CliRunner().invoke(report.main, ["--output-dir", str(tmp_path / "results")])
+    broken = steps.Step("build", ("-c", "import sys; sys.exit('error: no compiler')"), 60, 0)
+    monkeypatch.setattr(report_command, "BUILD", broken)
+    done = invoke(tmp_path / "results")
     assert done.exit_code == 1 and "error: no compiler" in done.output
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
 def test_every_benchmark_is_a_step_and_explains_itself(program: Any) -> None:
-    steps = [step.arguments[0] for step in report.BENCHMARKS]
-    assert f"benchmarks/gpu/{program.__name__}.py" in steps and len(steps) == len(PROGRAMS)
+    names = [step.arguments[0] for step in report_command.BENCHMARKS]
+    assert f"benchmarks/gpu/{program.__name__}.py" in names and len(names) == len(PROGRAMS)
     done = CliRunner().invoke(program.main, ["--help"])
     assert done.exit_code == 0
     assert "--budget-s" in done.output and "--output" in done.output
@@ -231,8 +392,25 @@ def test_without_a_gpu_programs_say_so_in_one_line(tmp_path: Path) -> None:
         done = CliRunner().invoke(program.main, ["--output", str(output)])
         assert done.exit_code == 1 and done.output.strip() == words
         assert not output.exists()
-    done = report.run(("benchmarks/gpu/environment.py",), 120)
+    done = steps.run(("benchmarks/gpu/environment.py",), 120)
     assert done.returncode == 1 and done.output.strip() == words
+
+
+def test_a_benchmark_writes_its_tables_whenever_there_are_new_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "tables.json"
+
+    @harness.benchmark_command
+    def command(budget: harness.Budget) -> Iterator[list[figures.Table]]:
+        yield [sample_table(0.96)]
+        assert figures.read_tables(output) == ([sample_table(0.96)], False)
+        yield [sample_table(0.97)]
+
+    monkeypatch.setattr(harness, "require_device", lambda: None)
+    done = CliRunner().invoke(command, ["--output", str(output)])
+    assert done.exit_code == 0, done.output
+    assert figures.read_tables(output) == ([sample_table(0.97)], True)
 
 
 def test_the_median_of_all_rounds_but_the_first_counts() -> None:
@@ -347,3 +525,40 @@ def test_layers_are_scaled_to_the_memory() -> None:
     small, large = (model_throughput.scaled_layers(gib << 30, 4) for gib in (48, 84))
     assert 2 <= small < large <= model_throughput.MAX_LAYERS
     assert small % 2 == large % 2 == 0
+
+
+def test_packages_are_looked_for_in_one_go_and_named_with_their_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prerequisites.require_packages()
+    installed = {"click": "8.1.7", "setuptools": "68.1.2", "torch": "2.11.0a0+nv25.09"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise prerequisites.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(prerequisites, "version", version)
+    needed = {"click": "8.1", "hypothesis": "6.100", "setuptools": "77", "torch": "2.9"}
+    with pytest.raises(SystemExit) as end:
+        prerequisites.require_packages(needed)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lacks hypothesis>=6.100, setuptools>=77 (68.1.2 is installed): " in line
+    assert f"{sys.executable} -m pip install 'hypothesis>=6.100' 'setuptools>=77'" in line
+
+
+def test_the_packages_are_those_of_the_project() -> None:
+    text = (FOLDER.parents[1] / "pyproject.toml").read_text()
+    named = re.findall(r'"([\w-]+)>=([\d.]+)[";]', text)
+    assert prerequisites.REQUIREMENTS.items() <= set(named)
+    (of_dwdp,) = re.findall(r"^dependencies = \[(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r'"([\w-]+)>=', of_dwdp)) <= prerequisites.REQUIREMENTS.keys()
+
+
+def test_the_command_looks_before_it_imports(tmp_path: Path) -> None:
+    """Without a package it ends in one line; here there is none, as Python looks for them elsewhere."""
+    done = steps.run(("-S", "-E", "benchmarks/gpu/report.py", "--help"), 60.0)
+    assert done.returncode == 2
+    (line,) = done.output.splitlines()
+    assert "lacks annotated-types>=" in line and "-m pip install" in line

@@ -8,7 +8,14 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from dwdp.cli.options import config_from_options, config_options, flag_name
+from dwdp.cli.options import (
+    FloatRange,
+    IntRange,
+    config_from_options,
+    config_options,
+    dtype_option,
+    flag_name,
+)
 from dwdp.config import DwdpConfig
 
 
@@ -124,3 +131,29 @@ def test_other_options_of_a_command_are_left_alone() -> None:
 def test_a_field_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ValueError, match="no field 'dwdp_sise'"):
         config_options("dwdp_sise")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999"])
+def test_a_number_is_finite(value: str) -> None:
+    with pytest.raises(click.BadParameter, match=f"'{value}' is not a finite number"):
+        FloatRange().convert(value, None, None)
+
+
+def test_words_are_refused_in_words() -> None:
+    with pytest.raises(click.BadParameter, match="'two' is not a valid integer"):
+        IntRange(min=1).convert("two", None, None)
+    with pytest.raises(click.BadParameter, match="'two' is not a valid number"):
+        FloatRange(min=1).convert("two", None, None)
+
+
+def test_every_dtype_that_the_engine_loads_can_be_asked_for() -> None:
+    from dwdp.engines.transformers.interception import DTYPES
+
+    @click.command()
+    @dtype_option
+    def probe(dtype: str) -> None:
+        pass
+
+    kind = options_of(probe)["dtype"].type
+    assert isinstance(kind, click.Choice)
+    assert tuple(kind.choices) == DTYPES

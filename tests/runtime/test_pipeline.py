@@ -101,7 +101,9 @@ def test_forwards_in_order_read_what_was_fetched(
     for _ in range(4):
         for layer in range(num_layers):
             ring.run(layer, pause_s=jitter.choice((0, 0, 0.0005)))
-    assert ring.pipeline.stats.num_refetches == 0
+    # The first fetches, and one at each end of a layer that shares its slot: none in begin().
+    num_sharing = sum(ring.slots.count(slot) > 1 for slot in ring.slots)
+    assert ring.pipeline.stats.num_fetches == ring.pipeline.num_slots + 4 * num_sharing
     ring.close()
 
 
@@ -157,7 +159,8 @@ def test_parts_of_a_layer_wait_for_the_same_fetch() -> None:
             ring.pipeline.begin(layer)
             assert ring.read(layer) == {layer + 1}
         ring.pipeline.end(layer)
-    assert ring.pipeline.stats.num_refetches == 1  # Of the repeated layer, its second time.
+    # The first two, one at each of the seven ends, and one of the repeated layer, its second time.
+    assert ring.pipeline.stats.num_fetches == 2 + 7 + 1
     ring.close()
 
 
@@ -200,7 +203,7 @@ def test_memory_outlives_a_fetch_that_nobody_waits_for() -> None:
 
 
 def test_without_the_free_event_the_hazard_is_real() -> None:
-    """The test above would see a fetch that does not wait: this one leaves the wait out."""
+    """What test_a_slot_is_not_refilled_under_its_reader would see of a fetch that does not wait."""
     ring = Ring(num_layers=4, num_slots=2, num_bytes=1 << 20, num_lanes=1)
     ring.pipeline.start()
     ring.pipeline.begin(0)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import re
+import resource
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -221,6 +226,88 @@ def open_descriptors() -> int:
 
 def num_mappings() -> int:
     return len([row for row in Path("/proc/self/maps").read_text().splitlines() if "memfd:" in row])
+
+
+def open_regions() -> int:
+    """Regions of this process that are open, each as often as it has a descriptor."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # listdir's own
+            count += "memfd:dwdp-region" in os.readlink(f"/proc/self/fd/{name}")
+    return count
+
+
+@pytest.mark.parametrize("mode", ["staged", "demand", "direct"])
+def test_attached_ranks_hold_descriptors_of_what_they_serve_alone(mode: str) -> None:
+    layers = layers_of((64, 30), (7,), num_layers=3, num_experts=7)
+    config = DwdpConfig.model_validate({"dwdp_size": 3, "fetch_mode": mode})
+
+    def body(group: Group) -> int:
+        with DwdpRuntime(group, config) as runtime:
+            weights = runtime.allocate(layers)
+            load(weights, group.rank, reference(layers))
+            runtime.attach()
+            assert num_mappings() > 0
+            group.barrier("attached everywhere")
+            assert open_regions() == sum(group_sizes(group, weights.num_regions))
+            group.barrier("counted")
+        return weights.num_regions
+
+    assert min(run_ranks(3, body)) > 1
+
+
+def group_sizes(group: Group, number: int) -> list[int]:
+    """``number`` of every rank."""
+    return [int(raw) for raw in group.exchange("numbers", str(number).encode())]
+
+
+class CountingFabric(HostFabric):
+    """Counts the descriptors of regions that it has opened."""
+
+    num_opened = 0
+
+    def allocate(self, num_bytes: int) -> Any:
+        self.num_opened += 1
+        return super().allocate(num_bytes)
+
+    def publish(self, name: str, regions: Sequence[Any]) -> None:
+        self.num_opened += len(regions)
+        super().publish(name, regions)
+
+    def fetch_regions(self, *args: Any) -> Any:
+        regions = super().fetch_regions(*args)
+        self.num_opened += len(regions)
+        return regions
+
+
+@pytest.mark.parametrize(("mode", "num_slots"), [("staged", 3), ("demand", 2), ("direct", 2)])
+def test_too_few_descriptors_are_noticed_before_memory_is_taken(mode: str, num_slots: int) -> None:
+    layers = layers_of((64, 30), (64, 30), (7,), num_layers=4, num_experts=7)
+    config = DwdpConfig.model_validate({"dwdp_size": 3, "fetch_mode": mode, "num_slots": num_slots})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def body(group: Group) -> None:
+        fabric = CountingFabric()
+        with DwdpRuntime(group, config, fabric) as runtime:
+            group.barrier("made")
+            if group.rank == 0:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (open_descriptors() + 20, limits[1]))
+            group.barrier("limited")
+            with pytest.raises(ValueError, match=r"open files .* `ulimit -n") as refusal:
+                runtime.allocate(layers)
+            assert fabric.num_opened == 0
+            group.barrier("refused")
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            group.barrier("unlimited")
+            load(runtime.allocate(layers), group.rank, reference(layers))
+            runtime.attach()
+        counts = re.findall(r"(\d+) for (?!connections)", str(refusal.value))
+        assert sum(map(int, counts)) == fabric.num_opened
+
+    try:
+        run_ranks(3, body)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.mark.parametrize("mode", ["staged", "direct"])

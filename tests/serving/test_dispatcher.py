@@ -294,3 +294,10 @@ def test_messages_survive_the_wire(message: Message) -> None:
 def test_what_is_no_message_is_refused() -> None:
     with pytest.raises(MessageError, match="not a message"):
         decode(b'{"kind": "request", "index": "zero"}\n')
+
+
+def test_a_rank_that_finds_no_dispatcher_is_told_why() -> None:
+    with Dispatcher(1) as dispatcher:
+        name = dispatcher.name
+    with pytest.raises(ConnectionRefusedError, match=r"has ended, or is in\s+another container"):
+        RankChannel.connect(name)

@@ -33,6 +33,7 @@ def report(num_bytes: int, lost: tuple[int, ...] = ()) -> GenerateReport:
             staging_bytes=num_bytes,
             num_slots=2,
             num_fetches=100,
+            num_demands=0,
             fetched_bytes=num_bytes,
             num_waits=1,
             exposed_wait_s=0.125,

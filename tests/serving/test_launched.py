@@ -149,6 +149,26 @@ def test_ranks_with_different_options_end_with_code_1(model: Path, prompts: Path
         assert "have different expert tensors or dwdp options" in error_of(rank)
 
 
+ON_A_HOST_OF_ITS_OWN = """\
+import os, sys
+from dataclasses import replace
+from dwdp.process_identity import ProcessIdentity
+mine = ProcessIdentity.current()
+ProcessIdentity.current = classmethod(lambda cls: replace(mine, host=os.environ["RANK"]))
+from dwdp.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_ranks_on_several_hosts_are_refused(model: Path, prompts: Path) -> None:
+    command = generate(model, "--prompts", prompts)
+    command[1:3] = ["-c", ON_A_HOST_OF_ITS_OWN]
+    ranks = run_ranks(command, command)
+    assert [rank.code for rank in ranks] == [2, 2], ranks
+    for rank in ranks:
+        assert "runs on one host, and these 2 ranks are on several" in error_of(rank)
+
+
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -103,7 +104,13 @@ def test_the_plan_is_what_the_runtime_takes(
 
 
 GIB = 1 << 30
-PLAN = MemoryPlan((GIB, GIB), (3 * GIB, 2 * GIB), (GIB, GIB), kv_cache_bytes=GIB // 2)
+PLAN = MemoryPlan(
+    (GIB, GIB),
+    (3 * GIB, 2 * GIB),
+    (GIB, GIB),
+    kv_cache_bytes=GIB // 2,
+    reducible=("num_experts_per_worker", "num_slots", "kv_cache_tokens"),
+)
 
 
 def shared_pool(available_bytes: int) -> dict[int, list[MemoryPool]]:
@@ -123,10 +130,54 @@ def test_too_much_is_refused_with_the_sum() -> None:
     )
 
 
-def test_the_advice_is_about_what_is_needed() -> None:
+def advice(plan: MemoryPlan, pools: dict[int, list[MemoryPool]]) -> str:
+    """What the refusal of ``plan`` offers to do, behind the sums."""
     with pytest.raises(NotEnoughMemoryError) as refusal:
-        check_group_memory(shared_pool(GIB), MemoryPlan((0, 0), (GIB, GIB), (0, 0)))
-    assert "Lower num_experts_per_worker, use fewer ranks" in str(refusal.value)
+        check_group_memory(pools, plan)
+    return re.sub(r".* are available here\. ", "", str(refusal.value))
+
+
+def test_the_advice_is_about_what_is_needed() -> None:
+    direct = "se fewer ranks, load in a smaller dtype, or free memory"
+    plan = MemoryPlan((0, 0), (GIB, GIB), (0, 0))
+    assert advice(plan, shared_pool(GIB)) == f"U{direct}"
+    plan = replace(plan, reducible=("num_experts_per_worker",))
+    assert advice(plan, shared_pool(GIB)) == f"Lower num_experts_per_worker, u{direct}"
+    # Who is alone with a pool would gain nothing from fewer ranks.
+    alone = {1: [MemoryPool("one", "here", 0)]}
+    assert advice(MemoryPlan((0, 0), (GIB, GIB), (GIB, GIB)), alone) == (
+        'Set fetch_mode to "direct", load in a smaller dtype, or free memory'
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "num_layers", "reducible"),
+    [
+        ({}, 4, ()),
+        ({"num_slots": 3}, 4, ("num_slots",)),
+        ({"num_slots": 3}, 5, ()),  # an odd number of layers takes a third slot in any case
+        ({"num_slots": 9}, 2, ()),  # there are no more slots than layers
+        ({"num_slots": 3, "fetch_mode": "demand"}, 4, ()),
+        ({"num_slots": 3, "fetch_mode": "direct"}, 4, ()),
+        ({"num_experts_per_worker": 4}, 4, ("num_experts_per_worker",)),
+        ({"num_experts_per_worker": 3}, 4, ()),
+        ({"num_experts_per_worker": 3, "num_prefetch_experts": 2}, 4, ("num_experts_per_worker",)),
+        ({"num_experts_per_worker": 2, "num_prefetch_experts": 2}, 4, ()),
+    ],
+)
+def test_only_what_can_be_lowered_is_offered(
+    options: dict[str, object], num_layers: int, reducible: tuple[str, ...]
+) -> None:
+    config = DwdpConfig.model_validate({"dwdp_size": 3, "fetch_mode": "staged", **options})
+    num_experts = 6 if config.num_prefetch_experts else 7
+    plan = plan_memory(
+        [[ExpertTensorSize(num_experts, PAGE)]] * num_layers,
+        config,
+        dense_bytes=0,
+        staged=config.fetch_mode != "direct",
+        granularity=PAGE,
+    )
+    assert plan.reducible == reducible
 
 
 def test_a_rank_that_is_started_again_needs_its_share_once_more() -> None:
@@ -222,7 +273,7 @@ def test_the_runtime_compares_what_the_whole_group_needs(
     messages = run_ranks(2, allocate(mode))
     assert len(set(messages)) == 1
     assert messages[0].startswith("2 rank(s) need 0.00 GiB: 0.00 GiB of resident experts")
-    assert "0.00 GiB are available on this machine. Lower num_experts_per_worker" in messages[0]
+    assert "0.00 GiB are available on this machine. " in messages[0]
 
 
 def test_ranks_in_groups_of_their_own_are_compared_one_by_one(

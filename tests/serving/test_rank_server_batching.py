@@ -269,6 +269,49 @@ def test_a_cancelled_sequence_ends_and_leaves_nothing(
             assert not backend._requests and not backend._delivered
 
 
+def test_a_sequence_that_is_cancelled_in_a_forward_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model("qwen3_moe")
+    forward = model.forward
+    is_held, is_inside, may_go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def hold(*args: Any, **kwargs: Any) -> Any:
+        if is_held.is_set():
+            is_inside.set()
+            assert may_go_on.wait(WAIT_S)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", hold)
+    request = sequence(0, 5, 400, sampling(num_logprobs=1))
+    with running(model, "continuous") as (backend, collector):
+        assert isinstance(backend, ContinuousBackend)
+        backend.add(request)
+        collector.wait(lambda: bool(collector.logprobs.get("0")))
+        is_held.set()
+        assert is_inside.wait(WAIT_S)
+        backend.cancel("0")
+        left = dict(backend._sampler._logprobs)
+        is_held.clear()
+        may_go_on.set()
+        assert not left
+        collector.run(backend, [sequence(1, new=2)])
+        assert not backend._sampler._logprobs
+        assert set(collector.last) == {"1"}
+
+
+def test_suppressed_tokens_have_log_probabilities_that_are_numbers(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suppressed = [token for token in range(VOCAB_SIZE) if token != 9]
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", suppressed)
+    request = sequence(0, new=1, params=sampling(num_logprobs=2))
+    with running(model, "auto") as (backend, collector):
+        assert collector.run(backend, [request]) == [(9,)]
+        [report] = collector.logprobs["0"]
+        assert (report.chosen, report.top[0], report.top[1][1]) == (0.0, (9, 0.0), -9999.0)
+
+
 def break_model(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("broken on purpose")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import secrets
-import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +23,7 @@ from checkpoints import make_checkpoint
 from rank_servers import MODEL, PROMPT, START_S, Rank, begin_stream, job, start, started
 
 from dwdp.config import DwdpConfig
-from dwdp.serving.rank_server.job import EXIT_BAD_INPUT, EXIT_DONE
+from dwdp.serving.rank_exit import EXIT_BAD_INPUT, EXIT_DONE
 from dwdp.serving.rank_server.process import main
 from dwdp.serving.rank_server.server import listen
 
@@ -200,35 +199,52 @@ def test_a_rank_ends_with_its_parent(tmp_path: Path) -> None:
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-def test_other_users_processes_are_not_answered() -> None:
+NUM_INTRUSIONS = 5
+
+
+def test_other_users_processes_are_not_answered_and_hold_nobody_up() -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     name = f"dwdp-test-{secrets.token_hex(8)}"
     program = (
         "import os, socket, sys\n"
         "os.setuid(65534)\n"
-        "s = socket.socket(socket.AF_UNIX); s.connect('\\0' + sys.argv[1])\n"
-        "s.settimeout(30); print(s.recv(1))"
+        f"sockets = [socket.socket(socket.AF_UNIX) for _ in range({NUM_INTRUSIONS})]\n"
+        "for s in sockets: s.connect('\\0' + sys.argv[1]); s.settimeout(30)\n"
+        "print('connected', flush=True)\n"
+        "print(*(s.recv(1) for s in sockets))"
     )
     with listen(name) as listener:
-        listener.settimeout(60)
         stranger = subprocess.Popen(
             [sys.executable, "-c", program, name], stdout=subprocess.PIPE, text=True
         )
-        while not _has_connected(listener):
-            time.sleep(0.01)
+        assert stranger.stdout is not None
+        assert stranger.stdout.readline() == "connected\n"
         friend = socket.socket(socket.AF_UNIX)
         friend.connect(f"\0{name}")
-        connection, _ = listener.accept()
-        friend.sendall(b"x")
-        assert connection.recv(1) == b"x"  # the stranger came first, and was passed over
-        assert stranger.communicate(timeout=60)[0] == "b''\n"
-        connection.close()
-        friend.close()
+        # Whoever calls accept can do something else after each of them; the last is left to asyncio.
+        for _ in range(NUM_INTRUSIONS - 1):
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+        assert asyncio.run(_echo(listener, friend)) == b"x"
+        assert stranger.communicate(timeout=60)[0].split() == ["b''"] * NUM_INTRUSIONS
 
 
-def _has_connected(listener: socket.socket) -> bool:
-    return bool(select.select([listener], [], [], 0)[0])
+async def _echo(listener: socket.socket, friend: socket.socket) -> bytes:
+    """What a server of asyncio's at ``listener`` gives back to ``friend``, which is connected, for ``x``."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.read(1))
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_unix_server(answer, sock=listener):
+        reader, writer = await asyncio.open_unix_connection(sock=friend)
+        writer.write(b"x")
+        try:
+            return await asyncio.wait_for(reader.read(1), 60)
+        finally:
+            writer.close()
 
 
 def test_a_taken_name_is_an_error() -> None:

@@ -130,6 +130,19 @@ def test_log_probabilities_are_the_models_own(params: SamplingParams) -> None:
     assert torch.equal(without.argmax(dim=-1), chosen.argmax(dim=-1))
 
 
+def test_impossible_tokens_are_reported_with_a_number() -> None:
+    rows = scores(2)
+    rows[0] = -torch.inf
+    rows[0, 7] = 1.0
+    rows[1] = torch.nan
+    _, reports = choose(rows, [with_(GREEDY, num_logprobs=3)] * 2, [0, 1])
+    forced, broken = reports
+    assert forced is not None and broken is not None
+    assert (forced.chosen, forced.top[0]) == (0.0, (7, 0.0))
+    assert [value for _, value in forced.top[1:]] == [-9999.0] * 2
+    assert (broken.chosen, [value for _, value in broken.top]) == (-9999.0, [-9999.0] * 3)
+
+
 def test_a_report_of_the_chosen_token_alone() -> None:
     _, [report] = choose(scores(), [with_(GREEDY, num_logprobs=0)], [0])
     assert report is not None

@@ -172,6 +172,29 @@ def test_the_end_token_is_counted_but_not_reported() -> None:
     assert "".join(text for text, _ in reported([delta])) == "return x"
 
 
+@pytest.mark.parametrize(("begin", "expected"), [("return x", "return x"), ("END", "END")])
+def test_an_end_token_that_is_an_ordinary_one_is_no_text(begin: str, expected: str) -> None:
+    """A checkpoint may end answers with a token that its tokenizer does not call special."""
+    token_ids = (*BYTE_LEVEL(begin)["input_ids"], *BYTE_LEVEL(" ")["input_ids"])
+    logprobs = tuple(TokenLogprobs(-1.0, ()) for _ in token_ids)
+    delta = answer(("END ",)).add(Step("s", token_ids, logprobs, "stop"))
+    assert (delta.text, delta.finish_reason) == (expected, "stop")
+    assert delta.num_tokens == len(token_ids)
+    assert "".join(text for text, _ in reported([delta])) == expected
+
+
+def test_a_stop_string_in_the_step_of_the_end_token_comes_first() -> None:
+    delta = answer(("turn",)).add(step("return x", "stop", end=True))
+    assert (delta.text, delta.finish_reason) == ("re", "stop")
+
+
+def test_a_sequence_that_stops_without_an_end_token_keeps_its_last_one() -> None:
+    growing = answer()
+    deltas = [growing.add(step("return x")), growing.add(Step("s", finish_reason="stop"))]
+    assert "".join(delta.text for delta in deltas) == "return x"
+    assert "".join(text for text, _ in reported(deltas)) == "return x"
+
+
 def test_offsets_say_where_each_tokens_text_begins() -> None:
     growing = answer()
     deltas = [growing.add(step("import os")), growing.add(step("\nx = 1", "length"))]

@@ -1,21 +1,16 @@
-"""What a run leaves behind: whole files or none."""
+"""What a run comes to."""
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import Any
 
-import pytest
-
 from dwdp.config import DwdpConfig
-from dwdp.memory_plan import MemoryPlan
 from dwdp.observability.report import ModelReport, SamplingReport
 from dwdp.serving.dispatcher import LostRank, Outcome
 from dwdp.serving.messages import Completion, Counters, Ready, Request
 from dwdp.serving.plan import RunPlan
-from dwdp.serving.results import check_writable, completion_lines, make_report, write_files
+from dwdp.serving.results import completion_lines, make_report
 
 SAMPLING = SamplingReport(max_new_tokens=4, temperature=0.0, seed=0)
 
@@ -31,7 +26,7 @@ def run_plan(tokenizer: Any = None) -> RunPlan:
         path="m", model_type="x", num_layers=2, num_moe_layers=1, num_experts=8, dtype="float32"
     )
     requests = tuple(Request(index, (7, index), 4, 0.0, index) for index in range(2))
-    return RunPlan(model, MemoryPlan((), (), ()), ("first", 2), requests, tokenizer)
+    return RunPlan(model, ("first", 2), requests, tokenizer)
 
 
 def outcome(lost: tuple[LostRank, ...] = ()) -> Outcome:
@@ -95,49 +90,3 @@ def test_lost_ranks_are_reported_as_far_as_they_came() -> None:
     ]
     assert (report.fetch_mode, report.launcher) == ("staged", "mpirun")
     assert report.totals.staging_bytes == 60
-
-
-def test_files_are_replaced_whole_with_usual_permissions(tmp_path: Path) -> None:
-    old = os.umask(0o027)
-    try:
-        (tmp_path / "a").write_text("old")
-        (tmp_path / "link").symlink_to(tmp_path / "target")
-        (tmp_path / "target").write_text("old")
-        write_files({tmp_path / "a": "new", tmp_path / "link": "ünicode", Path("/dev/null"): "x"})
-    finally:
-        os.umask(old)
-    assert (tmp_path / "a").read_text() == "new"
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_text(encoding="utf-8") == "ünicode"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "link", "target"]
-
-
-def test_if_one_file_cannot_be_written_none_is(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("old")
-    with pytest.raises(OSError, match="gone"):
-        write_files({tmp_path / "a": "new", tmp_path / "gone" / "b": "new"})
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_text() == "old"
-
-
-@pytest.mark.parametrize(
-    ("name", "what"),
-    [
-        ("folder", "is a directory; name a file"),
-        ("none/file", "there is no directory"),
-        ("file/file", "there is no directory"),
-        ("/proc/dwdp", "cannot be written"),
-    ],
-)
-def test_a_path_that_cannot_be_written_is_refused(tmp_path: Path, name: str, what: str) -> None:
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=what):
-        check_writable(tmp_path / name)
-
-
-def test_the_check_leaves_nothing_behind(tmp_path: Path) -> None:
-    check_writable(tmp_path / "out")
-    check_writable(Path("/dev/null"))
-    assert list(tmp_path.iterdir()) == []

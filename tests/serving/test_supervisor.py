@@ -9,15 +9,22 @@ import json
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 
 from dwdp.serving.dispatcher import SetupFailed
+from dwdp.serving.router.balancer import Balancer
+from dwdp.serving.router.metrics import RouterMetrics
+from dwdp.serving.router.rank_limits import RankLimits
+from dwdp.serving.router.snapshot import snapshot
+from dwdp.serving.supervisor import link as rank_link
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
 from dwdp.serving.supervisor.life import LifeEnd, RankLife, Watch
 from dwdp.serving.supervisor.link import RankLink
@@ -29,6 +36,7 @@ from dwdp.serving.supervisor.supervisor import Supervisor
 STAND_IN = Path(__file__).parent / "router" / "stand_in_rank.py"
 WAIT_S = 120.0
 FAILS = 2
+NOBODY = 65534
 
 
 class Launcher:
@@ -62,6 +70,7 @@ class Launcher:
             "rank": rank,
             "parent_pid": os.getpid(),
             "max_running": 4,
+            "limits": {},
             "exit_with": self._exit_with.get(f"{rank}/{number}", 0),
         }
         return RankStart(
@@ -216,8 +225,34 @@ def test_a_rank_that_is_being_started_at_the_end_is_not_left_behind() -> None:
     run(2, body)
 
 
-def life_of(program: str, watch: Watch) -> tuple[list[RankState], LifeEnd]:
-    """The states and the end of a rank that runs ``program``; its argument is the socket's name."""
+def test_what_an_ended_process_reported_is_not_reported_any_more() -> None:
+    async def body(one: Supervision) -> None:
+        balancer = Balancer(one.table, max_queued=1)
+        metrics = RouterMetrics(one.table, balancer)
+        one.kill(1)
+        await one.until(lambda: one.table.ranks[1].state is RankState.DEAD)
+        text = metrics.text().decode()
+        for name in ("rss_bytes", "running_sequences", "generated_tokens_total"):
+            assert f'dwdp_rank_{name}{{rank="0"}}' in text
+            assert f'dwdp_rank_{name}{{rank="1"}}' not in text
+        alive, ended = snapshot(one.table, balancer, "m")["ranks"]
+        for name in ("rss_bytes", "waiting", "resident_expert_bytes", "timeline"):
+            assert alive[name] is not None and ended[name] is None
+        assert RankLimits.of(one.table.ranks[1]).max_running == 4  # the next one's will be the same
+
+    run(2, body, first_delay_s=WAIT_S)
+
+
+def life_of(
+    program: str,
+    watch: Watch,
+    on_state: Callable[[RankState, str], object] = lambda state, name: None,
+) -> tuple[list[RankState], LifeEnd]:
+    """The states and the end of a rank that runs ``program``; its argument is the socket's name.
+
+    Args:
+        on_state: called with each state, and the socket's name.
+    """
 
     async def main() -> tuple[list[RankState], LifeEnd]:
         name = f"dwdp-test-{secrets.token_hex(8)}"
@@ -226,6 +261,7 @@ def life_of(program: str, watch: Watch) -> tuple[list[RankState], LifeEnd]:
         table = RankTable.of_size(1)
         states: list[RankState] = []
         table.on_change.append(lambda rank, before: states.append(rank.state))
+        table.on_change.append(lambda rank, before: on_state(rank.state, name))
         link = RankLink(endpoint)
         process = await RankProcess.start(0, start)
         try:
@@ -265,6 +301,59 @@ def test_a_rank_that_stops_listening_and_does_not_end_is_killed() -> None:
     states, end = life_of(DRAINS_WITHOUT_END, watch)
     assert states == [RankState.READY, RankState.DRAINING]
     assert end.code == -signal.SIGKILL and "did not end within" in end.reason
+
+
+def test_a_rank_that_listens_no_more_takes_no_requests_whoever_has_its_name() -> None:
+    listeners = []
+
+    async def serve(name: str) -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        listeners.append(await asyncio.start_unix_server(answer, f"\0{name}"))
+
+    def take_name(state: RankState, name: str) -> None:
+        if state is RankState.DRAINING:
+            listeners.append(asyncio.ensure_future(serve(name)))
+
+    watch = Watch(poll_s=0.02, starting_poll_s=0.02, timeout_s=60.0, drain_timeout_s=1.0)
+    states, end = life_of(DRAINS_WITHOUT_END, watch, take_name)
+    assert len(listeners) == 2
+    assert states == [RankState.READY, RankState.DRAINING]
+    assert "did not end within" in end.reason
+
+
+def test_nothing_is_sent_to_another_users_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"dwdp-test-{secrets.token_hex(8)}"
+    endpoint = RankEndpoint(socket=name, headers={"Authorization": "Bearer token"})
+
+    async def ask() -> None:
+        link = RankLink(endpoint)
+        try:
+            with pytest.raises(aiohttp.ClientConnectorError, match="another user"):
+                await link.is_healthy("/health/ready", 5.0)
+            with pytest.raises(aiohttp.ClientConnectorError, match="another user"):
+                await link.post("/v1/completions", b"{}", {})
+        finally:
+            await link.close()
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{name}")
+        if os.geteuid() == 0:
+            os.seteuid(NOBODY)  # a listener's user is the one that calls this
+            try:
+                listener.listen()
+            finally:
+                os.seteuid(0)
+        else:
+            listener.listen()
+            monkeypatch.setattr(rank_link, "is_own_user", lambda connection: False)
+        asyncio.run(ask())
+        for _ in range(2):
+            connection, _ = listener.accept()
+            with connection:
+                assert connection.recv(4096) == b""
 
 
 class FullDisk(io.TextIOBase):

@@ -67,6 +67,17 @@ def test_a_tokenizer_that_may_leave_text_out_has_no_limit() -> None:
         assert max_token_chars(tokenizer) is None
 
 
+def test_truncation_and_padding_are_off_before_the_first_prompt() -> None:
+    """Switched off by the first prompt, they would change a tokenizer that is decoding at the same time."""
+    tokenizer = byte_level()
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    prompts = PromptTokenizer(tokenizer)
+    assert (backend.truncation, backend.padding) == (None, None)
+    assert prompts.encode("def main(): pass", 100) == tuple(PLAIN("def main(): pass")["input_ids"])
+
+
 def test_what_is_certain_to_be_too_long_is_refused() -> None:
     tokenizer = PromptTokenizer(PLAIN)
     most = 10 * (max_token_chars(PLAIN) or 0)

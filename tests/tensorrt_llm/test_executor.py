@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from dwdp.engines.tensorrt_llm import executor
+from dwdp.engines.tensorrt_llm import executor, rank_proxy
 from dwdp.engines.tensorrt_llm.executor import LostRankError
 from dwdp.engines.tensorrt_llm.rank_proxy import OutstandingRequests
 from dwdp.engines.tensorrt_llm.rank_session import RankProcessError
@@ -333,3 +333,20 @@ def test_outstanding_tokens_are_those_of_requests_that_are_not_answered() -> Non
     outstanding.pop(1, None)
     assert outstanding.num_tokens == 14
     assert list(outstanding) == [2, 3]
+
+
+@pytest.mark.trtllm
+@pytest.mark.timeout(60)
+def test_sending_to_a_worker_that_is_gone_does_not_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import zmq
+    from tensorrt_llm.executor.ipc import IpcQueue
+
+    monkeypatch.setattr(rank_proxy, "_SEND_TIMEOUT_MS", 50)
+    requests = IpcQueue(is_server=True, name="requests")
+    proxy = SimpleNamespace(request_queue=requests, mpi_futures=[])
+    rank_proxy.Rank(0, proxy, lambda rank: None)
+    with pytest.raises(zmq.Again):
+        requests.put("nobody is connected")
+    requests.close()

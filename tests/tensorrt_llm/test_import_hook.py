@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -179,6 +181,43 @@ def test_what_does_not_fit_is_refused_here_and_in_spawned_processes(
     assert here == spawned
     assert here.startswith("dwdp does not fit TensorRT-LLM 0.0 (tested with 1.3.0rc3): ")
     assert "there is no module tensorrt_llm.commands.serve" in here
+
+
+SERVE = """
+import sys
+
+import click
+
+@click.command()
+@click.argument("model")
+def serve(model):
+    print(__name__, sys.modules["__main__"].__spec__.name, model)
+
+main = click.Group(commands={"serve": serve})
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_module_that_runs_as_a_program_is_patched(interpreter: Interpreter) -> None:
+    """``python -m`` runs a module's code and imports nothing; torchrun -m starts ranks so."""
+    commands = interpreter.packages / "tensorrt_llm" / "commands"
+    commands.mkdir()
+    (commands / "__init__.py").write_text("")
+    (commands / "serve.py").write_text(SERVE)
+    [click] = {str(Path(find_spec("click").origin).parents[1])}  # type: ignore[union-attr, arg-type]
+    path = Path(f"{ROOT}{os.pathsep}{click}")
+    program = ("-m", "tensorrt_llm.commands.serve", "serve", "MODEL")
+    try:
+        done = interpreter.run(*program, path=path)
+        module = "tensorrt_llm.commands.serve"
+        assert done.stdout == f"{module} {module} MODEL\n", done.stderr
+        refused = interpreter.run(*program, "--parallel", "dwdp", path=path)
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("Error: dwdp does not fit TensorRT-LLM 0.0"), refused
+    finally:
+        shutil.rmtree(commands)
 
 
 class Events:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -90,6 +91,28 @@ def test_a_process_that_is_killed_fails_its_task() -> None:
     with pytest.raises(RankProcessError, match=r"process \d+ was ended by SIGKILL"):
         session.submit_sync(end_by_signal)
     session.shutdown()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.EPERM, None])
+def test_ends_are_seen_where_processes_have_no_descriptors(
+    error: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux before 5.3, a container that denies the call, a Python that was built without it."""
+
+    def denied(pid: int) -> int:
+        raise OSError(error, "denied")
+
+    if error is None:
+        monkeypatch.delattr(os, "pidfd_open")
+    else:
+        monkeypatch.setattr(os, "pidfd_open", denied)
+    answering, dying = RankSession(environment()), RankSession(environment())
+    (answer,) = answering.submit(read_environment, "HOME")
+    (death,) = dying.submit(end_by_signal)
+    assert answer.result(TIMEOUT_S)[1] != os.getpid()
+    assert "was ended by SIGKILL" in str(death.exception(TIMEOUT_S))
+    for session in (answering, dying):
+        session.shutdown()
 
 
 def test_a_process_that_does_not_end_is_killed() -> None:

@@ -149,6 +149,26 @@ def test_all_conflicts_are_named_at_once() -> None:
         refuse_conflicts(settings, {"TLLM_DISABLE_MPI": "1"})
 
 
+def test_one_model_on_all_processes_of_a_launcher_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environ = {"TLLM_SPAWN_PROXY_PROCESS": "1"}
+    with pytest.raises(ValueError, match="start it without trtllm-llmapi-launch"):
+        refuse_conflicts({}, environ)
+    refuse_conflicts({}, {"TLLM_SPAWN_PROXY_PROCESS": "0"})
+    monkeypatch.setenv("TLLM_SPAWN_PROXY_PROCESS", "1")
+    with pytest.raises(ValueError, match="start it without trtllm-llmapi-launch"):
+        arguments.read_request(asked())  # Rather than: nobody says how many ranks there are.
+    # A server of disaggregated_mpi_worker has a worker of its own.
+    refuse_conflicts({}, environ | {"TLLM_DISAGG_INSTANCE_IDX": "0"})
+
+
+@pytest.mark.parametrize("key", ["dwdp_size", "num_groups", "num_slots", "setup_timeout_s"])
+def test_a_number_is_not_true_or_false(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"dwdp_config.{key} is True; it cannot be true or false"):
+        arguments.read_request(asked(**{"dwdp_size": 2, key: True}))
+
+
 def test_settings_that_ask_for_nothing_are_no_conflicts() -> None:
     refuse_conflicts(
         {

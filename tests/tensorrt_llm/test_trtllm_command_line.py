@@ -257,6 +257,15 @@ def test_ranks_of_mpirun_are_models_of_their_own(tmp_path: Path) -> None:
     assert {rank["env"]["DWDP_WORLD_SIZE"] for rank in ranks} == {"2"}
 
 
+@trtllm
+@pytest.mark.timeout(300)
+def test_the_module_as_a_program_has_the_options() -> None:
+    program = [sys.executable, "-m", "tensorrt_llm.commands.serve", "serve", "--help"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "--parallel [dwdp]" in done.stdout and "--dwdp_num_slots" in done.stdout
+
+
 def test_options_follow_the_fields_of_the_config() -> None:
     """Without TensorRT-LLM: what is added to a command, on a command of this test's own."""
     options = command_line._options(lambda text, tag: f"[{tag}] {text}")

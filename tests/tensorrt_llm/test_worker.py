@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from dwdp.engines.tensorrt_llm import worker
-from dwdp.engines.tensorrt_llm.launch import DWDP_PREPARED
 from dwdp.engines.tensorrt_llm.worker import WorkerSession
 from dwdp.rendezvous import GroupError, serve_store
 
@@ -281,24 +280,3 @@ def test_nothing_is_different_for_other_models() -> None:
     unfinished = BaseWorker()  # Its construction failed before it had arguments.
     unfinished.shutdown()
     assert unfinished.num_shutdowns == 1
-
-
-@pytest.mark.parametrize(
-    ("environ", "asked"),
-    [
-        ({DWDP_PREPARED: "1", "CUDA_VISIBLE_DEVICES": "3"}, 3),
-        ({DWDP_PREPARED: "1", "CUDA_VISIBLE_DEVICES": "GPU-12ab"}, 0),
-        ({DWDP_PREPARED: "1"}, 0),
-        ({"CUDA_VISIBLE_DEVICES": "3"}, 0),
-    ],
-)
-def test_a_worker_runs_beside_its_own_gpu(
-    environ: dict[str, str], asked: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in (DWDP_PREPARED, "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    utils = SimpleNamespace(get_numa_aware_cpu_affinity=lambda device_id: [device_id])
-    worker.patch_affinity(utils)
-    assert utils.get_numa_aware_cpu_affinity(0) == [asked]

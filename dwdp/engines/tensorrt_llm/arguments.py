@@ -82,6 +82,7 @@ def read_request(settings: Mapping[str, Any]) -> Request | None:
         raise ValueError(f"dwdp_config.rank is {rank!r}; it has to be a number from 0")
     if rendezvous is not None and not isinstance(rendezvous, str):
         raise ValueError(f"dwdp_config.rendezvous is {rendezvous!r}; it has to be host:port")
+    _refuse_booleans(options)
     if "dwdp_size" not in options:
         options["dwdp_size"] = _launched_group_size(options.get("num_groups", 1))
     try:
@@ -90,9 +91,19 @@ def read_request(settings: Mapping[str, Any]) -> Request | None:
         raise ValueError(_in_one_line(error)) from error
 
 
+def _refuse_booleans(options: Mapping[str, Any]) -> None:
+    """Pydantic would take ``true`` in a YAML file for 1."""
+    for name, value in options.items():
+        field = DwdpConfig.model_fields.get(name)
+        if isinstance(value, bool) and field is not None and field.annotation is not bool:
+            raise ValueError(f"dwdp_config.{name} is {value!r}; it cannot be true or false")
+
+
 def _launched_group_size(num_groups: object) -> int:
     launched = num_launched_ranks()
     if launched is None:
+        # What took the launcher away is the better reason.
+        refuse_conflicts({})
         raise ValueError(
             "dwdp_config has no dwdp_size, and no launcher says how many ranks there are"
         )

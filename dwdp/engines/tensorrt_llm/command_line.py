@@ -23,12 +23,8 @@ from dwdp.engines.tensorrt_llm import rank_stats
 from dwdp.engines.tensorrt_llm.arguments import Request, read_request
 from dwdp.engines.tensorrt_llm.conflicts import refuse_conflicts
 from dwdp.engines.tensorrt_llm.launch import RankPlace, rank_of_process, server_port
-from dwdp.engines.tensorrt_llm.rank_launcher import (
-    EXIT_BAD_INPUT,
-    EXIT_FAILED,
-    EXIT_PEER_FAILED,
-    serve_group,
-)
+from dwdp.engines.tensorrt_llm.rank_launcher import serve_group
+from dwdp.serving.rank_exit import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PEER_FAILED
 
 _META_KEY = "dwdp"
 _PREFIX = "dwdp_"

@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dwdp.engines.tensorrt_llm.launch import INSTANCE_INDEX
+
+_LAUNCHED_WORKERS = "TLLM_SPAWN_PROXY_PROCESS"
 _EXPERT_LORA_MODULES = frozenset({"moe_h_to_4h", "moe_4h_to_h", "moe_gate"})
 
 
@@ -123,6 +126,12 @@ def refuse_conflicts(settings: Any, environ: Mapping[str, str] = os.environ) -> 
         found.append("enable_lora=True: give lora_config with lora_target_modules instead")
     if environ.get("TLLM_DISABLE_MPI") == "1":
         found.append(f"TLLM_DISABLE_MPI=1: {_RAY}")
+    # disaggregated_mpi_worker gives every server one such worker of its own, which is a rank.
+    if environ.get(_LAUNCHED_WORKERS) == "1" and INSTANCE_INDEX not in environ:
+        found.append(
+            f"{_LAUNCHED_WORKERS}=1: trtllm-llmapi-launch runs one model on all processes of its launcher, "
+            "and every rank is a model by itself; start it without trtllm-llmapi-launch"
+        )
     if found:
         raise ValueError('parallel="dwdp" does not go together with ' + "; ".join(found))
 

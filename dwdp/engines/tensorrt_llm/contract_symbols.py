@@ -116,6 +116,12 @@ _ARGUMENTS = (
         "backend load_balancer",
         "refused where it conflicts with DWDP",
     ),
+    Symbol(
+        "llmapi.llm_args",
+        "MoeConfig.max_num_tokens",
+        "member",
+        "where it is given, the limit of DEEPGEMM's workspace is the user's",
+    ),
     *_members(
         "llmapi.llm_args",
         "TorchCompileConfig",
@@ -327,6 +333,12 @@ _WEIGHTS = (
     ),
     Symbol(f"{_MOE}.configurable_moe", "ConfigurableMoE.backend", "member", "has the parameters"),
     Symbol(f"{_MOE}.configurable_moe", "ConfigurableMoE.create_weights", "(self)", "calls it"),
+    *_members(
+        f"{_MOE}.configurable_moe",
+        "ConfigurableMoE",
+        "moe_max_num_tokens aux_stream",
+        "set, so that DEEPGEMM's workspace for all experts is no larger than one for the share",
+    ),
     *(
         Symbol(f"{_MOE}.{module}", f"{backend}.{method}", shape, "wrapped: resident experts only")
         for module, backend in (

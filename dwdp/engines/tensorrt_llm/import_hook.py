@@ -11,13 +11,21 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 DISABLE_VARIABLE = "DWDP_DISABLE"
 
 
 PACKAGE = "tensorrt_llm"
+
+_PROGRAMS = frozenset({"tensorrt_llm.commands.serve"})
+_RUN_AS_PROGRAM = """\
+from {name} import main
+
+if __name__ == "__main__":
+    main()
+"""
 
 
 class DwdpImportHook(MetaPathFinder):
@@ -61,7 +69,10 @@ class DwdpImportHook(MetaPathFinder):
 
 
 class _CallingLoader(Loader):
-    """A module's own loader, with a call before or after it. Only the import itself sees this one."""
+    """A module's own loader, with a call before or after it. Only the import itself sees this one.
+
+    And ``python -m``, which imports nothing: it runs what :meth:`get_code` returns.
+    """
 
     def __init__(
         self,
@@ -84,6 +95,13 @@ class _CallingLoader(Loader):
             self._before()
         self._loader.exec_module(module)
         self._after(module)
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """What ``python -m fullname`` runs. Of a program: the import of its module, and its ``main``."""
+        if fullname in _PROGRAMS:
+            return compile(_RUN_AS_PROGRAM.format(name=fullname), f"<{fullname}>", "exec")
+        code: CodeType | None = self._loader.get_code(fullname)  # type: ignore[attr-defined]
+        return code
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

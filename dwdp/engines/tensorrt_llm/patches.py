@@ -19,7 +19,7 @@ _OURS = "dwdp.engines.tensorrt_llm"
 
 PATCHES: dict[str, tuple[str, ...]] = {
     "tensorrt_llm.llmapi.llm_args": (f"{_OURS}.arguments:patch",),
-    "tensorrt_llm.llmapi.utils": (f"{_OURS}.worker:patch_affinity",),
+    "tensorrt_llm.llmapi.utils": (f"{_OURS}.affinity:patch",),
     "tensorrt_llm.commands.serve": (f"{_OURS}.command_line:patch",),
     "tensorrt_llm.executor.base_worker": (f"{_OURS}.worker:patch_shutdown",),
     "tensorrt_llm.executor.executor": (f"{_OURS}.executor:patch",),

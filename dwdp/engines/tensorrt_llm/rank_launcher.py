@@ -25,14 +25,11 @@ from dwdp.local_store import LocalStoreServer
 from dwdp.rendezvous import GroupError, prefixed, report_failure, report_loss
 from dwdp.serving.dispatcher import BadInput, SetupFailed
 from dwdp.serving.environment import rank_environment
+from dwdp.serving.rank_exit import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PEER_FAILED
 from dwdp.serving.router.service import Service
 from dwdp.serving.router.settings import RouterSettings
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
 from dwdp.serving.supervisor.life import Watch
-
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-EXIT_PEER_FAILED = 3
 
 HOST = "127.0.0.1"
 _FIRST_PORT = 10000

@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from multiprocessing import Pipe, spawn
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -107,7 +108,7 @@ class RankSession:
     def _watch(self, connection: Connection, payload: bytes) -> None:
         process = self._process
         assert process is not None
-        ended = os.pidfd_open(process.pid)
+        ended = _end_of(process)
         try:
             connection.send_bytes(pickle.dumps(_preparation()))
             connection.send_bytes(payload)
@@ -125,6 +126,21 @@ class RankSession:
             os.close(ended)
             connection.close()
         self._future.set_exception(RankProcessError(_how_it_ended(process)))
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> int:
+    """A descriptor that can be read once ``process`` has ended."""
+    # There is no such call before Linux 5.3, and some containers deny it.
+    with suppress(AttributeError, OSError):
+        return os.pidfd_open(process.pid)
+    reader, writer = os.pipe()
+
+    def wait_and_close() -> None:
+        process.wait()
+        os.close(writer)
+
+    threading.Thread(target=wait_and_close, name="dwdp-rank-end", daemon=True).start()
+    return reader
 
 
 def main(descriptor: int) -> None:

@@ -8,20 +8,18 @@ KV cache with, comes and goes in between.
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 from dwdp.config import DwdpConfig
-from dwdp.engines.tensorrt_llm import forward, launch, log, sharding
+from dwdp.engines.tensorrt_llm import forward, launch, log, sharding, workspace
 from dwdp.engines.tensorrt_llm.arguments import config_of
+from dwdp.engines.tensorrt_llm.conflicts import value_of
 from dwdp.engines.tensorrt_llm.sharing import SharedModel, share_experts
 from dwdp.fabric import Fabric, create_fabric
 from dwdp.group import Group
 from dwdp.launch import DWDP_RANK, discover_launch
-
-_VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 _session: WorkerSession | None = None
 
@@ -66,28 +64,6 @@ def patch_shutdown(module: Any) -> None:
             worker.shutdown = _closing_session(worker.shutdown)
 
 
-def patch_affinity(module: Any) -> None:
-    """Let ``get_numa_aware_cpu_affinity`` of ``tensorrt_llm.llmapi.utils`` count GPUs as the worker does.
-
-    It asks NVML, which counts all GPUs of the machine, for the number that CUDA has for a visible one. Every
-    rank sees one GPU, so all of them would be bound to the processors next to the first.
-    """
-    affinity = module.get_numa_aware_cpu_affinity
-
-    @functools.wraps(affinity)
-    def affinity_of_visible(device_id: int) -> Any:
-        visible = os.environ.get(_VISIBLE_DEVICES, "").split(",")
-        if (
-            launch.DWDP_PREPARED in os.environ
-            and device_id < len(visible)
-            and visible[device_id].isdecimal()
-        ):
-            device_id = int(visible[device_id])
-        return affinity(device_id)
-
-    module.get_numa_aware_cpu_affinity = affinity_of_visible
-
-
 class WorkerSession:
     """Membership of this process in its group.
 
@@ -122,6 +98,8 @@ class WorkerSession:
             with sharding.resident_experts_only(sharding.placed_experts(config, group.rank)):
                 model, load_balancer = load_whole()
             self._shared = share_experts(model, group, config, fabric)
+            given = value_of(self._llm_args, "moe_config.max_num_tokens")
+            workspace.limit(self._shared, is_given=given is not None)
             self._settle_compilation(self._shared, fabric)
             forward.wrap(self._shared)
         log.info(_describe(group, self._shared))

@@ -41,7 +41,7 @@ _DTYPES = {
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing, incomplete or corrupt; the text names the file or key."""
+    """A checkpoint is missing, incomplete, corrupt or not to be read; the text names the file or key."""
 
 
 class LazyTensor:
@@ -49,22 +49,41 @@ class LazyTensor:
 
     ``tensor[...]`` reads all of it, which is what Transformers' own loading does with the values of a
     state dict, and returns it in ``cast_to`` if that was set.
+
+    Args:
+        dtype_name: what the file calls the dtype. One that is not known is an error once the tensor is
+            needed, not before: files may hold tensors that a model has no use for.
     """
 
     def __init__(
         self,
         file: SafetensorsFile,
         key: str,
-        dtype: torch.dtype,
+        dtype_name: str,
         shape: tuple[int, ...],
         offset: int,
     ) -> None:
         self.key = key
-        self.dtype = dtype
         self.shape = shape
-        self.cast_to = dtype
+        self.cast_to: torch.dtype | None = None
+        self._dtype_name = dtype_name
         self._file = file
         self._offset = offset
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As stored.
+
+        Raises:
+            CheckpointError: dwdp does not know it.
+        """
+        dtype = _DTYPES.get(self._dtype_name)
+        if dtype is None:
+            raise CheckpointError(
+                f"{self.key} in {self._file.path} has dtype {self._dtype_name}, which dwdp does not load: "
+                "use a float32, bfloat16 or float16 checkpoint"
+            )
+        return dtype
 
     @property
     def num_bytes(self) -> int:
@@ -83,8 +102,8 @@ class LazyTensor:
             self._file.read(view.data, self._offset + start * self.dtype.itemsize)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = torch.empty(self.shape, dtype=self.cast_to)
-        if self.cast_to == self.dtype:
+        tensor = torch.empty(self.shape, dtype=self.cast_to or self.dtype)
+        if tensor.dtype == self.dtype:
             self.read_elements(tensor)
         else:
             # In blocks, so that the tensor is never held in both dtypes.
@@ -163,16 +182,15 @@ class SafetensorsFile:
         tensors = {}
         end = 0
         for key, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["dtype"] not in _DTYPES:
-                raise self._corrupt(f"{key} has dtype {entry['dtype']}, which dwdp does not load")
-            shape = tuple(entry["shape"])
+            name, shape = str(entry["dtype"]), tuple(entry["shape"])
             if not all(type(number) is int for number in (*shape, *entry["data_offsets"])):
                 raise self._corrupt(f"{key} has a shape or offsets that are no whole numbers")
-            tensor = LazyTensor(self, key, _DTYPES[entry["dtype"]], shape, start + end)
+            tensor = LazyTensor(self, key, name, shape, start + end)
             first, last = entry["data_offsets"]
-            if first != end or last - first != tensor.num_bytes or any(n < 0 for n in shape):
+            num_bytes = tensor.num_bytes if name in _DTYPES else max(0, last - first)
+            if first != end or last - first != num_bytes or any(n < 0 for n in shape):
                 raise self._corrupt(
-                    f"{key} {list(shape)} {entry['dtype']} cannot lie at bytes {first} to {last}"
+                    f"{key} {list(shape)} {name} cannot lie at bytes {first} to {last}"
                 )
             tensors[key] = tensor
             end = last

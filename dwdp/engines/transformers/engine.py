@@ -19,7 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dwdp.config import DwdpConfig
-from dwdp.engines.transformers.experts import ExpertLayer, ExpertTensor, find_expert_layers
+from dwdp.engines.transformers.experts import (
+    ExpertLayer,
+    ExpertTensor,
+    UnsupportedModelError,
+    find_expert_layers,
+)
 from dwdp.engines.transformers.loading import LoadReport, load_sharded
 from dwdp.fabric import FabricError, create_fabric
 from dwdp.fabric.cuda_devices import list_devices
@@ -82,7 +87,7 @@ def load(
 
     Raises:
         CheckpointError, UnsupportedModelError: the checkpoint cannot be loaded or shared out.
-        ValueError: the experts cannot be placed on the group.
+        ValueError: the experts cannot be placed on the group, or it is one of several (``num_groups``).
         GroupError, FabricError: the group's memory cannot be set up.
     """
     compute = _device(device, group)
@@ -91,10 +96,7 @@ def load(
             model_dir, dtype, lambda layers: _LoadTarget(runtime, layers)
         )
         _move_dense(model, compute)
-    attachment = Attachment(model, runtime, report)
-    for index, layer in enumerate(layers):
-        attachment._undo.append(_install(runtime, index, layer, restore_copies=False))
-    return attachment
+    return _install(Attachment(model, runtime, report), layers, restore_copies=False)
 
 
 def attach(model: PreTrainedModel, group: Group, config: DwdpConfig) -> Attachment:
@@ -110,19 +112,21 @@ def attach(model: PreTrainedModel, group: Group, config: DwdpConfig) -> Attachme
     """
     with _attaching(group, config, model.device) as runtime:
         layers = find_expert_layers(model)
-        weights = runtime.allocate(layer_specs(layers))
+        weights = _allocate(runtime, layers)
         for index, layer in enumerate(layers):
             _copy_resident(weights, index, layer, group.rank)
-    attachment = Attachment(model, runtime, None)
-    for index, layer in enumerate(layers):
-        attachment._undo.append(_install(runtime, index, layer, restore_copies=True))
-    return attachment
+    return _install(Attachment(model, runtime, None), layers, restore_copies=True)
 
 
 @contextmanager
 def _attaching(group: Group, config: DwdpConfig, device: torch.device) -> Iterator[DwdpRuntime]:
     """A runtime to load into; attached when the body ends, given up when anything goes wrong."""
     with group.setting_up():
+        if config.num_groups != 1:
+            raise ValueError(
+                f"num_groups is {config.num_groups}: the Transformers engine is started as one group; leave "
+                "it out, and start every group by a launcher of its own"
+            )
         if device.type not in ("cpu", "cuda"):
             raise ValueError(
                 f"the model is on device {str(device)!r}: move it to the CPU or a GPU first"
@@ -185,6 +189,14 @@ def layer_specs(layers: Sequence[ExpertLayer]) -> list[LayerSpec]:
     ]
 
 
+def _allocate(runtime: DwdpRuntime, layers: Sequence[ExpertLayer]) -> ExpertWeights:
+    """Memory for this rank's experts, once it is clear that the layers can be bracketed."""
+    if runtime.fetch_mode != "direct":
+        for layer in layers:
+            _choice_name(layer)
+    return runtime.allocate(layer_specs(layers))
+
+
 def _copy_resident(weights: ExpertWeights, index: int, layer: ExpertLayer, rank: int) -> None:
     for tensor in layer.tensors:
         parameter = layer.module.get_parameter(tensor.name).detach()
@@ -197,7 +209,7 @@ class _LoadTarget:
 
     def __init__(self, runtime: DwdpRuntime, layers: Sequence[ExpertLayer]) -> None:
         self._rank = runtime.group.rank
-        self._weights: ExpertWeights = runtime.allocate(layer_specs(layers))
+        self._weights = _allocate(runtime, layers)
         self._index = {layer.path: index for index, layer in enumerate(layers)}
 
     def resident(self, layer: ExpertLayer) -> Sequence[int]:
@@ -208,6 +220,21 @@ class _LoadTarget:
 
 
 def _install(
+    attachment: Attachment, layers: Sequence[ExpertLayer], *, restore_copies: bool
+) -> Attachment:
+    """Give every layer its composite tensors; all is undone and detached if anything goes wrong."""
+    try:
+        for index, layer in enumerate(layers):
+            attachment._undo.append(
+                _install_layer(attachment.runtime, index, layer, restore_copies=restore_copies)
+            )
+    except BaseException:
+        attachment.detach()
+        raise
+    return attachment
+
+
+def _install_layer(
     runtime: DwdpRuntime, index: int, layer: ExpertLayer, *, restore_copies: bool
 ) -> Callable[[], None]:
     """Give a layer its composite tensors; returns what undoes it.
@@ -216,15 +243,8 @@ def _install(
     """
     module = layer.module
     requires_grad = {t.name: module.get_parameter(t.name).requires_grad for t in layer.tensors}
-    for name, composite in runtime.tensors(index).items():
-        module.register_parameter(name, nn.Parameter(composite, requires_grad=False))
-    unbracket = _bracket_forward(module, runtime, index) if runtime.is_staged else None
-    unguard = _guard_parameters(module, is_staged=runtime.is_staged)
 
-    def undo() -> None:
-        unguard()
-        if unbracket is not None:
-            unbracket()
+    def restore_parameters() -> None:
         if restore_copies:
             runtime.begin(index)
         for name, grad in requires_grad.items():
@@ -234,7 +254,14 @@ def _install(
         if restore_copies:
             runtime.end(index)
 
-    return undo
+    with ExitStack() as undo:
+        undo.callback(restore_parameters)
+        for name, composite in runtime.tensors(index).items():
+            module.register_parameter(name, nn.Parameter(composite, requires_grad=False))
+        if runtime.is_staged:
+            undo.callback(_bracket_forward(layer, runtime, index))
+        undo.callback(_guard_parameters(module, is_staged=runtime.is_staged))
+        return undo.pop_all().close
 
 
 def _guard_parameters(module: nn.Module, *, is_staged: bool) -> Callable[[], None]:
@@ -268,13 +295,32 @@ def _guard_parameters(module: nn.Module, *, is_staged: bool) -> Callable[[], Non
     return undo
 
 
-def _bracket_forward(module: nn.Module, runtime: DwdpRuntime, index: int) -> Callable[[], None]:
-    """Put ``begin`` and ``end`` around the module's forward; returns what undoes it."""
+def _choice_name(layer: ExpertLayer) -> str:
+    """What a layer's forward calls the router's choice.
+
+    Every expert module takes hidden states first and the router's choice second. Asked of the class: the
+    forward in place may be a user's own.
+
+    Raises:
+        UnsupportedModelError: it takes no second argument.
+    """
+    forward = type(layer.module).forward
+    parameters = list(inspect.signature(forward).parameters)
+    if len(parameters) < 3:
+        raise UnsupportedModelError(
+            f"{layer.path} ({type(layer.module).__name__}) has a forward that takes "
+            f"{', '.join(parameters[1:]) or 'nothing'}: experts are staged for modules that take hidden "
+            "states and the router's choice; use fetch_mode='direct'"
+        )
+    return parameters[2]
+
+
+def _bracket_forward(layer: ExpertLayer, runtime: DwdpRuntime, index: int) -> Callable[[], None]:
+    """Put ``begin`` and ``end`` around a layer's forward; returns what undoes it."""
+    module = layer.module
     forward = module.forward
     previous = module.__dict__.get("forward")
-    # Every expert module takes hidden states first and the router's choice second. Asked of the class:
-    # the forward in place may be a user's own.
-    choice_name = list(inspect.signature(type(module).forward).parameters)[2]
+    choice_name = _choice_name(layer)
 
     def staged_forward(*args: Any, **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and any(map(_needs_grad, (*args, *kwargs.values()))):

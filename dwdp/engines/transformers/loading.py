@@ -49,20 +49,16 @@ class CheckpointInfo:
 
     Attributes:
         config: of the model that will run (the text part of a composite checkpoint).
-        num_experts: of the layer that has fewest.
         dtype: what the model is loaded in.
         dense_bytes: every weight and buffer that is not an expert tensor, once loaded.
-        expert_bytes: one whole copy of all expert tensors.
         expert_layers: in the order the model runs them; their modules are on the meta device.
     """
 
     config: PreTrainedConfig
     model_type: str
     num_layers: int
-    num_experts: int
     dtype: torch.dtype
     dense_bytes: int
-    expert_bytes: int
     expert_layers: tuple[ExpertLayer, ...]
 
 
@@ -72,7 +68,7 @@ class LoadReport:
 
     Attributes:
         dense_bytes: weights and buffers in the model, expert tensors left out.
-        resident_expert_bytes: written to the destinations.
+        loaded_expert_bytes: of resident experts, written to the destinations; page edges are not in it.
         read_bytes: read from the checkpoint's files.
         seconds: in all.
         rss_before_bytes: resident memory of the process when loading began.
@@ -81,7 +77,7 @@ class LoadReport:
     """
 
     dense_bytes: int
-    resident_expert_bytes: int
+    loaded_expert_bytes: int
     read_bytes: int
     seconds: float
     rss_before_bytes: int
@@ -119,10 +115,8 @@ def inspect_checkpoint(
         config=config,
         model_type=config.model_type,
         num_layers=config.num_hidden_layers,
-        num_experts=min(layer.num_experts for layer in layers),
         dtype=load_config.dtype,
         dense_bytes=_dense_bytes(model, layers, load_config.dtype_plan),
-        expert_bytes=sum(layer.num_bytes for layer in layers),
         expert_layers=tuple(layers),
     )
 
@@ -153,7 +147,7 @@ def load_sharded(
     restart_peak_rss()
     rss_before = rss_bytes()
     layers: list[ExpertLayer] = []
-    resident_bytes = read_bytes = 0
+    loaded_bytes = read_bytes = 0
 
     def load(
         model: PreTrainedModel,
@@ -161,11 +155,11 @@ def load_sharded(
         checkpoint: Checkpoint,
         load_dense: Callable[..., Any],
     ) -> Any:
-        nonlocal resident_bytes, read_bytes
+        nonlocal loaded_bytes, read_bytes
         layers.extend(find_expert_layers(model, load_config.dtype_plan))
         _check_routing(Path(model_dir), model.config, layers)
         plan = plan_checkpoint(model, layers, checkpoint.tensors, load_config)
-        resident_bytes = _read_experts(plan, layers, allocate(layers))
+        loaded_bytes = _read_experts(plan, layers, allocate(layers))
         info, offload_index = load_dense(model, plan.dense, None, load_config)
         read_bytes = checkpoint.num_bytes_read
         for layer in layers:
@@ -181,7 +175,7 @@ def load_sharded(
     model = from_pretrained(Path(model_dir), dtype, load)
     report = LoadReport(
         dense_bytes=_dense_bytes(model, layers, {}),
-        resident_expert_bytes=resident_bytes,
+        loaded_expert_bytes=loaded_bytes,
         read_bytes=read_bytes,
         seconds=time.perf_counter() - begin,
         rss_before_bytes=rss_before,

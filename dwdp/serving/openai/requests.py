@@ -289,6 +289,9 @@ _Request = TypeVar("_Request", bound=BaseModel)
 def parse(kind: type[_Request], body: bytes) -> _Request:
     """The request in ``body``, which is JSON.
 
+    Args:
+        kind: what it has to be. If that ignores what it does not know, there may be any number of parameters.
+
     Raises:
         ApiError: 400 with the field that is at fault: no JSON, a wrong type, a value out of range, an
             option that is unknown or not supported.
@@ -298,7 +301,8 @@ def parse(kind: type[_Request], body: bytes) -> _Request:
         document = from_json(body)
     except ValueError as error:
         raise invalid(f"The body is not JSON: {error}", code="invalid_json") from None
-    if isinstance(document, dict) and len(document) > MAX_PARAMETERS:
+    takes_any = kind.model_config.get("extra") == "ignore"
+    if isinstance(document, dict) and len(document) > MAX_PARAMETERS and not takes_any:
         raise invalid(
             f"The body has {len(document)} parameters; at most {MAX_PARAMETERS} are known"
         )

@@ -56,7 +56,7 @@ class CompletionChoice(_Document):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: FinishReason
 
 
 class Completion(_Document):
@@ -69,18 +69,6 @@ class Completion(_Document):
     system_fingerprint: str
     choices: tuple[CompletionChoice, ...]
     usage: Usage
-
-
-class CompletionChunk(_Document):
-    """One event of a completion request's stream. Without ``usage`` the field is left out."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: tuple[CompletionChoice, ...]
-    usage: Usage | None = None
 
 
 class TopLogprob(_Document):
@@ -123,27 +111,6 @@ class ChatCompletion(_Document):
     system_fingerprint: str
     choices: tuple[ChatChoice, ...]
     usage: Usage
-
-
-class ChatChunkChoice(_Document):
-    """``delta`` has ``role`` in a choice's first event, and ``content`` in those that bring text."""
-
-    index: int
-    delta: dict[str, str]
-    logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None
-
-
-class ChatCompletionChunk(_Document):
-    """One event of a chat request's stream. Without ``usage`` the field is left out."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: tuple[ChatChunkChoice, ...]
-    usage: Usage | None = None
 
 
 class ErrorDetail(_Document):

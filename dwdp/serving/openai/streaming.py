@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 from dwdp.serving.openai.errors import ApiError
-from dwdp.serving.openai.responses import ChatCompletionChunk, CompletionChunk
 
 CONTENT_TYPE = "text/event-stream"
 
@@ -13,10 +12,9 @@ DONE = b"data: [DONE]\n\n"
 """Ends a stream that is complete. One that fails ends with an :func:`error_event` and without it."""
 
 
-def event(chunk: CompletionChunk | ChatCompletionChunk) -> bytes:
+def event(document: bytes) -> bytes:
     """One event. JSON has no bare line breaks, so the document fits on the one line it needs."""
-    left_out = {"usage"} if chunk.usage is None else None
-    return b"data: " + chunk.model_dump_json(exclude=left_out).encode() + b"\n\n"
+    return b"data: " + document + b"\n\n"
 
 
 def error_event(error: ApiError) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import math
 import re
@@ -29,6 +30,7 @@ from dwdp.serving.openai.streaming import DONE, event
 from dwdp.serving.rank_server.detokenizer import TokenTexts
 from dwdp.serving.rank_server.engine import Engine
 from dwdp.serving.rank_server.job import REQUEST_ID_HEADER, TIMEOUT_HEADER
+from dwdp.serving.rank_server.logprobs import TokenJson
 from dwdp.serving.rank_server.preparation import Preparation, Preparer
 from dwdp.serving.rank_server.rendering import ChatRenderer, CompletionRenderer, Renderer
 from dwdp.serving.rank_server.respond import ClientGone, Receive, Responder, Scope, Send, read_body
@@ -61,7 +63,7 @@ class RankApplication:
         self._authorization = f"Bearer {token}".encode() if token else None
         self._engine = engine
         self._preparer = preparer
-        self._texts = texts
+        self._tokens = TokenJson(texts)
         self._statistics = statistics
         self._routes: dict[str, tuple[str, _Handler]] = {
             "/health/live": ("GET", self._live),
@@ -128,7 +130,7 @@ class RankApplication:
         request = parse(CompletionRequest, await read_body(call.receive))
         self._check_model(request)
         renderer = CompletionRenderer(
-            f"cmpl-{call.request_id}", self._model.id, self._texts, request.num_logprobs
+            f"cmpl-{call.request_id}", self._model.id, self._tokens, request.num_logprobs
         )
         await call.responder.send_work(
             self._answer(request, lambda: self._preparer.completion(request), renderer),
@@ -141,7 +143,7 @@ class RankApplication:
         request = parse(ChatCompletionRequest, await read_body(call.receive))
         self._check_model(request)
         renderer = ChatRenderer(
-            f"chatcmpl-{call.request_id}", self._model.id, self._texts, request.num_logprobs
+            f"chatcmpl-{call.request_id}", self._model.id, self._tokens, request.num_logprobs
         )
         await call.responder.send_work(
             self._answer(request, lambda: self._preparer.chat(request), renderer),
@@ -160,10 +162,9 @@ class RankApplication:
         prepare: Callable[[], Awaitable[Preparation]],
         renderer: Renderer,
     ) -> AsyncGenerator[bytes, None]:
-        """Events of a stream, or the whole answer as one piece."""
+        """Events of a stream, or pieces of the one document that is the whole answer."""
         preparation = await prepare()
         num_tokens = 0
-        deltas = []
         with self._engine.submit(preparation.answers) as generation:
             async for delta in generation:
                 num_tokens += delta.num_tokens
@@ -171,10 +172,14 @@ class RankApplication:
                     for chunk in renderer.chunks(delta):
                         yield event(chunk)
                 else:
-                    deltas.append(delta)
+                    renderer.add(delta)
+                if delta.tokens:
+                    await asyncio.sleep(0)  # log-probabilities take a while: others have their turn
         usage = Usage.of(preparation.num_prompt_tokens, num_tokens)
         if not request.stream:
-            yield renderer.whole(deltas, usage).model_dump_json().encode()
+            for piece in renderer.pieces(usage):
+                yield piece
+                await asyncio.sleep(0)
             return
         if request.includes_usage:
             yield event(renderer.usage_chunk(usage))

@@ -109,6 +109,8 @@ class ContinuousBackend(Backend):
         with self._lock:
             self._requests[request.id] = request
             self._delivered[request.id] = 0
+            if request.sampling.num_logprobs is not None:
+                self._sampler.expect(request.id)
         accepted = self._manager.add_request(
             list(request.prompt),
             request_id=request.id,
@@ -125,6 +127,7 @@ class ContinuousBackend(Backend):
             if self._requests.pop(sequence_id, None) is None:
                 return
             del self._delivered[sequence_id]
+            self._sampler.forget(sequence_id)
         self._manager.cancel_request(sequence_id)
 
     def num_running(self) -> int:
@@ -241,7 +244,6 @@ class ContinuousBackend(Backend):
         except Exception as error:
             logger.exception("the tokens of a sequence could not be read")
             self.cancel(output.request_id)
-            self._sampler.forget(output.request_id)
             return Step(output.request_id, error=f"{type(error).__name__}: {error}")
 
     def _step(self, output: Any) -> Step | None:
@@ -249,32 +251,34 @@ class ContinuousBackend(Backend):
         with self._lock:
             request = self._requests.get(output.request_id)
             if request is None:
-                self._sampler.forget(output.request_id)
                 return None
             begin = self._delivered[output.request_id]
             token_ids = tuple(output.generated_tokens[begin:])
             end = begin + len(token_ids)
+            logprobs: tuple[TokenLogprobs, ...] = ()
+            if request.sampling.num_logprobs is not None and output.error is None:
+                first = len(request.prompt)
+                logprobs = self._sampler.take(output.request_id, range(first + begin, first + end))
             self._delivered[output.request_id] = end
             if output.is_finished():
                 del self._requests[output.request_id], self._delivered[output.request_id]
+                self._sampler.forget(output.request_id)
         if output.error is not None:
-            self._sampler.forget(output.request_id)
             if self._manager.background_thread_status.local_status:
                 return None  # the loop ends, and with it every sequence: on_failure says so
             return Step(output.request_id, error=output.error)
-        logprobs: tuple[TokenLogprobs, ...] = ()
-        if request.sampling.num_logprobs is not None:
-            first = len(request.prompt) + begin
-            logprobs = self._sampler.take(output.request_id, range(first, first + len(token_ids)))
         finish_reason: FinishReason | None = None
         if output.is_finished():
             finish_reason = "stop" if token_ids[-1] in request.end_tokens else "length"
-            self._sampler.forget(output.request_id)
         return Step(output.request_id, token_ids, logprobs, finish_reason)
 
 
 class _BatchSampler(ContinuousBatchingLogitsProcessor):
-    """The sampler as continuous batching's only logits processor; the loop itself takes the argmax."""
+    """The sampler as continuous batching's only logits processor; the loop itself takes the argmax.
+
+    It keeps log-probabilities from :meth:`expect` to :meth:`forget`. A sequence that is forgotten may be in
+    a forward at that time; what that brings for it is dropped.
+    """
 
     def __init__(self) -> None:
         self.supported_kwargs = {"sampling": SamplingParams}
@@ -302,14 +306,23 @@ class _BatchSampler(ContinuousBatchingLogitsProcessor):
         for sequence_id, position, one in zip(self._ids, self._positions, logprobs, strict=True):
             if one is not None:
                 with self._lock:
-                    self._logprobs.setdefault(sequence_id, {})[position] = one
+                    kept = self._logprobs.get(sequence_id)
+                    if kept is not None:
+                        kept[position] = one
         return chosen
 
+    def expect(self, sequence_id: str) -> None:
+        """Keep a sequence's log-probabilities from now on."""
+        with self._lock:
+            self._logprobs[sequence_id] = {}
+
     def take(self, sequence_id: str, positions: range) -> tuple[TokenLogprobs, ...]:
+        """Hand out those of some tokens, once."""
         with self._lock:
             kept = self._logprobs[sequence_id]
             return tuple(kept.pop(position) for position in positions)
 
     def forget(self, sequence_id: str) -> None:
+        """Keep none any more. Idempotent."""
         with self._lock:
             self._logprobs.pop(sequence_id, None)

@@ -19,7 +19,8 @@ was produced, and the request can be put to another rank.
 
 End. On SIGTERM the rank stops accepting, finishes what it has within a grace time, and exits with 0. SIGINT
 is for the parent to handle. When the parent dies the kernel kills the rank. A rank that fails exits with one
-of the codes below, and the last line on its standard error is ``error:`` and what went wrong.
+of the codes of :mod:`dwdp.serving.rank_exit`, and the last line on its standard error is ``error:`` and what
+went wrong.
 """
 
 from __future__ import annotations
@@ -28,13 +29,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dwdp.config import DwdpConfig
 from dwdp.serving.rank_server.options import RankOptions
-
-EXIT_DONE = 0
-EXIT_FAILED = 1
-EXIT_BAD_INPUT = 2
-"""The checkpoint, the options or the placement are no good; another start would end the same way."""
-EXIT_PEER_FAILED = 3
-"""Another rank's set-up failed; nothing is wrong with this one."""
 
 REQUEST_ID_HEADER = "X-Request-Id"
 TIMEOUT_HEADER = "X-DWDP-Timeout-S"

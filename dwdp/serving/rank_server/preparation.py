@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 LOWEST_TEMPERATURE = 1e-5
 """Below it the likeliest token is taken: dividing by less than this leaves float32."""
 
+MAX_WHOLE_LOGPROBS = 1 << 20
+"""Log-probabilities in one answer that is not streamed: about 80 MB, which the rank keeps until the end."""
+
 _SEED_BITS = 63
 
 
@@ -128,6 +131,9 @@ class Preparer:
         continues: bool,
     ) -> Preparation:
         """Answers to ``prompts``, each with the most tokens that may follow it."""
+        if num_logprobs is not None and not request.stream:
+            num_tokens = request.num_choices * sum(limit for _, limit in prompts)
+            self._check_logprobs(num_tokens * (1 + num_logprobs))
         seed = request.seed if request.seed is not None else secrets.randbits(_SEED_BITS)
         answers: list[AnswerRequest] = []
         for prompt, limit in prompts:
@@ -145,6 +151,15 @@ class Preparer:
                     )
                 )
         return Preparation(tuple(answers), sum(len(prompt) for prompt, _ in prompts))
+
+    def _check_logprobs(self, num_logprobs: int) -> None:
+        if num_logprobs > MAX_WHOLE_LOGPROBS:
+            raise invalid(
+                f"The answer may have {num_logprobs} log-probabilities (prompts times n times max_tokens, "
+                f"for the chosen token and each candidate); one that is not streamed has at most "
+                f"{MAX_WHOLE_LOGPROBS}. Set stream, or lower n, max_tokens, or logprobs or top_logprobs",
+                "logprobs",
+            )
 
     def _limit(self, prompt: tuple[int, ...], max_new_tokens: int | None, param: str) -> int:
         if not prompt:

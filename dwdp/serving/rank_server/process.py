@@ -13,23 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from dwdp.fabric.base import FabricError
 from dwdp.group import Group
 from dwdp.launch import discover_launch
-from dwdp.rendezvous import GroupError, PeerFailure
+from dwdp.rendezvous import PeerFailure
 from dwdp.serving.lifetime import end_with_parent
-from dwdp.serving.rank_server.job import (
+from dwdp.serving.rank_exit import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_PEER_FAILED,
-    RankServerJob,
+    EXPECTED_ERRORS,
 )
+from dwdp.serving.rank_server.job import RankServerJob
 
 if TYPE_CHECKING:
     from dwdp.engines.transformers import Attachment
-
-_EXPECTED_ERRORS = (ValueError, GroupError, FabricError, OSError, MemoryError)
 
 
 def main() -> int:
@@ -53,7 +51,7 @@ def main() -> int:
     except ValueError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
     except Exception as error:
-        if not isinstance(error, _EXPECTED_ERRORS):
+        if not isinstance(error, EXPECTED_ERRORS):
             traceback.print_exc()
         return _fail(str(error) or type(error).__name__, EXIT_FAILED)
     return EXIT_DONE if failure is None else _fail(failure, EXIT_FAILED)

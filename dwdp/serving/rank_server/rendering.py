@@ -1,231 +1,232 @@
-"""From deltas to the protocol's documents: events of a stream, or one answer at the end."""
+"""From deltas to the protocol's documents: events of a stream, or one answer that is written as it grows.
+
+The documents are those that the classes in ``dwdp.serving.openai.responses`` describe.
+"""
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from dwdp._version import __version__
-from dwdp.serving.openai.responses import (
-    ChatChoice,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatCompletionChunk,
-    ChatLogprobs,
-    ChatMessage,
-    Completion,
-    CompletionChoice,
-    CompletionChunk,
-    CompletionLogprobs,
-    FinishReason,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
+from dwdp.serving.openai.responses import FinishReason, Usage
+from dwdp.serving.rank_server.logprobs import (
+    ChatLogprobsJson,
+    CompletionLogprobsJson,
+    LogprobsJson,
+    TokenJson,
+    json_string,
 )
-from dwdp.serving.rank_server.detokenizer import TokenTexts
-from dwdp.serving.rank_server.text import ReportedToken, TextDelta
+from dwdp.serving.rank_server.text import TextDelta
 
 FINGERPRINT = f"dwdp-{__version__}"
+
+_PIECE_BYTES = 1 << 16
+_ROLE = '{"role":"assistant","content":""}'
 
 
 @dataclass
 class _Answer:
-    text: str = ""
-    tokens: list[ReportedToken] = field(default_factory=list)
+    logprobs: LogprobsJson | None
+    texts: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
 
 class Renderer(ABC):
-    """Renders the answers to one request.
+    """Renders the answers to one request, as a stream or whole.
 
     Args:
         response_id: the ``id`` of its documents.
         model: the model's name, as it is served.
-        texts: of single tokens.
+        tokens: what single tokens are called.
         num_logprobs: candidates reported per token; None: no log-probabilities.
     """
 
+    _whole_kind: str
+    """``object`` of a whole answer."""
+    _chunk_kind: str
+    """``object`` of an event."""
+
     def __init__(
-        self, response_id: str, model: str, texts: TokenTexts, num_logprobs: int | None
+        self, response_id: str, model: str, tokens: TokenJson, num_logprobs: int | None
     ) -> None:
         self._id = response_id
         self._model = model
-        self._texts = texts
+        self._tokens = tokens
         self._num_logprobs = num_logprobs
         self._created = int(time.time())
+        self._chunk_head = self._head(self._chunk_kind)
+        self._answers: dict[int, _Answer] = {}
 
     @abstractmethod
-    def chunks(self, delta: TextDelta) -> list[CompletionChunk | ChatCompletionChunk]:
-        """Events for ``delta``; none if it brings nothing to tell."""
+    def chunks(self, delta: TextDelta) -> list[bytes]:
+        """A stream's events for ``delta``; none if it brings nothing to tell."""
 
-    @abstractmethod
-    def usage_chunk(self, usage: Usage) -> CompletionChunk | ChatCompletionChunk:
+    def usage_chunk(self, usage: Usage) -> bytes:
         """The event that ends a stream which reports its tokens."""
+        return self._chunk_head + b"]," + _usage(usage) + b"}"
+
+    def add(self, delta: TextDelta) -> None:
+        """What an answer that is not streamed has gained."""
+        answer = self._answers.get(delta.index)
+        if answer is None:
+            answer = self._answers[delta.index] = _Answer(self._new_logprobs())
+        answer.texts.append(delta.text)
+        answer.finish_reason = delta.finish_reason
+        if answer.logprobs is not None:
+            for token in delta.tokens:
+                answer.logprobs.add(token)
+
+    def pieces(self, usage: Usage) -> Iterator[bytes]:
+        """The document of all that was added, in pieces that take little time each; can be had once."""
+        return _gathered(self._fragments(usage))
+
+    def _fragments(self, usage: Usage) -> Iterator[bytes]:
+        yield self._head(self._whole_kind)
+        for position, index in enumerate(sorted(self._answers)):
+            answer = self._answers.pop(index)
+            yield b"," if position else b""
+            yield f'{{"index":{index},{self._whole_text("".join(answer.texts))}'.encode(
+                "utf-8", "replace"
+            )
+            yield from _choice_end(answer.logprobs, answer.finish_reason)
+        yield b"]," + _usage(usage) + b"}"
+
+    def _choice_chunk(
+        self, delta: TextDelta, text: str, *, has_logprobs: bool, finish_reason: FinishReason | None
+    ) -> bytes:
+        """An event about one choice.
+
+        Args:
+            text: the member of the choice that holds its text.
+            has_logprobs: whether it reports the tokens of ``delta``.
+        """
+        logprobs = self._new_logprobs() if has_logprobs else None
+        if logprobs is not None:
+            for token in delta.tokens:
+                logprobs.add(token)
+        choice = f'{{"index":{delta.index},{text}'.encode("utf-8", "replace")
+        end = b"".join(_choice_end(logprobs, finish_reason))
+        return self._chunk_head + choice + end + b"]}"
+
+    def _head(self, kind: str) -> bytes:
+        """A document up to its first choice."""
+        members = {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "system_fingerprint": FINGERPRINT,
+        }
+        document = json.dumps(members, ensure_ascii=False, separators=(",", ":"))
+        return document[:-1].encode("utf-8", "replace") + b',"choices":['
 
     @abstractmethod
-    def whole(self, deltas: Iterable[TextDelta], usage: Usage) -> Completion | ChatCompletion:
-        """The answer that all ``deltas`` make up."""
+    def _new_logprobs(self) -> LogprobsJson | None:
+        """For an answer, or a part of one, that has no tokens yet; None if they are not reported."""
 
-    def _text(self, token_id: int) -> str:
-        return self._texts.of(token_id).decode("utf-8", "replace")
+    @abstractmethod
+    def _whole_text(self, text: str) -> str:
+        """The member of a whole answer's choice that holds its text."""
 
 
 class CompletionRenderer(Renderer):
-    def chunks(self, delta: TextDelta) -> list[CompletionChunk | ChatCompletionChunk]:
+    """``Completion``, and events of the same form."""
+
+    _whole_kind = "text_completion"
+    _chunk_kind = "text_completion"
+
+    def chunks(self, delta: TextDelta) -> list[bytes]:
         if not delta.text and not delta.tokens and delta.finish_reason is None:
             return []
-        choice = CompletionChoice(
-            index=delta.index,
-            text=delta.text,
-            logprobs=self._logprobs(delta.tokens),
-            finish_reason=delta.finish_reason,
-        )
-        return [self._chunk((choice,), None)]
+        text = self._whole_text(delta.text)
+        return [
+            self._choice_chunk(delta, text, has_logprobs=True, finish_reason=delta.finish_reason)
+        ]
 
-    def usage_chunk(self, usage: Usage) -> CompletionChunk:
-        return self._chunk((), usage)
-
-    def whole(self, deltas: Iterable[TextDelta], usage: Usage) -> Completion:
-        choices = tuple(
-            CompletionChoice(
-                index=index,
-                text=answer.text,
-                logprobs=self._logprobs(answer.tokens),
-                finish_reason=answer.finish_reason,
-            )
-            for index, answer in sorted(_collect(deltas).items())
-        )
-        return Completion(
-            id=self._id,
-            created=self._created,
-            model=self._model,
-            system_fingerprint=FINGERPRINT,
-            choices=choices,
-            usage=usage,
-        )
-
-    def _chunk(self, choices: tuple[CompletionChoice, ...], usage: Usage | None) -> CompletionChunk:
-        return CompletionChunk(
-            id=self._id,
-            created=self._created,
-            model=self._model,
-            system_fingerprint=FINGERPRINT,
-            choices=choices,
-            usage=usage,
-        )
-
-    def _logprobs(self, tokens: Sequence[ReportedToken]) -> CompletionLogprobs | None:
+    def _new_logprobs(self) -> LogprobsJson | None:
         if self._num_logprobs is None:
             return None
-        top = None
-        if self._num_logprobs:
-            # The chosen token is among the candidates even if it is none of the likeliest, as at OpenAI.
-            top = tuple(
-                {self._text(token): logprob for token, logprob in reversed(one.logprobs.top)}
-                | {self._text(one.token_id): one.logprobs.chosen}
-                for one in tokens
-            )
-        return CompletionLogprobs(
-            text_offset=tuple(one.offset for one in tokens),
-            token_logprobs=tuple(one.logprobs.chosen for one in tokens),
-            tokens=tuple(self._text(one.token_id) for one in tokens),
-            top_logprobs=top,
-        )
+        return CompletionLogprobsJson(self._tokens, has_top=self._num_logprobs > 0)
+
+    def _whole_text(self, text: str) -> str:
+        return f'"text":{json_string(text)}'
 
 
 class ChatRenderer(Renderer):
+    """``ChatCompletion``, and events with a ``delta`` in place of the ``message``.
+
+    A delta has ``role`` in a choice's first event, and ``content`` in those that bring text.
+    """
+
+    _whole_kind = "chat.completion"
+    _chunk_kind = "chat.completion.chunk"
+
     def __init__(
-        self, response_id: str, model: str, texts: TokenTexts, num_logprobs: int | None
+        self, response_id: str, model: str, tokens: TokenJson, num_logprobs: int | None
     ) -> None:
-        super().__init__(response_id, model, texts, num_logprobs)
+        super().__init__(response_id, model, tokens, num_logprobs)
         self._begun: set[int] = set()
 
-    def chunks(self, delta: TextDelta) -> list[CompletionChunk | ChatCompletionChunk]:
-        chunks: list[CompletionChunk | ChatCompletionChunk] = []
+    def chunks(self, delta: TextDelta) -> list[bytes]:
+        chunks: list[bytes] = []
         if delta.index not in self._begun:
             self._begun.add(delta.index)
-            chunks.append(self._choice_chunk(delta.index, {"role": "assistant", "content": ""}))
+            chunks.append(self._delta_chunk(delta, _ROLE))
         if delta.text or delta.tokens:
-            logprobs = self._logprobs(delta.tokens)
-            chunks.append(self._choice_chunk(delta.index, {"content": delta.text}, logprobs))
+            content = f'{{"content":{json_string(delta.text)}}}'
+            chunks.append(self._delta_chunk(delta, content, has_logprobs=True))
         if delta.finish_reason is not None:
-            chunks.append(self._choice_chunk(delta.index, {}, None, delta.finish_reason))
+            chunks.append(self._delta_chunk(delta, "{}", finish_reason=delta.finish_reason))
         return chunks
 
-    def usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
-        return self._chunk((), usage)
-
-    def whole(self, deltas: Iterable[TextDelta], usage: Usage) -> ChatCompletion:
-        choices = []
-        for index, answer in sorted(_collect(deltas).items()):
-            assert answer.finish_reason is not None
-            choices.append(
-                ChatChoice(
-                    index=index,
-                    message=ChatMessage(content=answer.text),
-                    logprobs=self._logprobs(answer.tokens),
-                    finish_reason=answer.finish_reason,
-                )
-            )
-        return ChatCompletion(
-            id=self._id,
-            created=self._created,
-            model=self._model,
-            system_fingerprint=FINGERPRINT,
-            choices=tuple(choices),
-            usage=usage,
-        )
-
-    def _choice_chunk(
+    def _delta_chunk(
         self,
-        index: int,
-        delta: dict[str, str],
-        logprobs: ChatLogprobs | None = None,
+        delta: TextDelta,
+        document: str,
+        *,
+        has_logprobs: bool = False,
         finish_reason: FinishReason | None = None,
-    ) -> ChatCompletionChunk:
-        choice = ChatChunkChoice(
-            index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason
-        )
-        return self._chunk((choice,), None)
-
-    def _chunk(
-        self, choices: tuple[ChatChunkChoice, ...], usage: Usage | None
-    ) -> ChatCompletionChunk:
-        return ChatCompletionChunk(
-            id=self._id,
-            created=self._created,
-            model=self._model,
-            system_fingerprint=FINGERPRINT,
-            choices=choices,
-            usage=usage,
+    ) -> bytes:
+        text = f'"delta":{document}'
+        return self._choice_chunk(
+            delta, text, has_logprobs=has_logprobs, finish_reason=finish_reason
         )
 
-    def _logprobs(self, tokens: Sequence[ReportedToken]) -> ChatLogprobs | None:
-        if self._num_logprobs is None:
-            return None
-        return ChatLogprobs(content=tuple(self._token(one) for one in tokens))
+    def _new_logprobs(self) -> LogprobsJson | None:
+        return None if self._num_logprobs is None else ChatLogprobsJson(self._tokens)
 
-    def _token(self, one: ReportedToken) -> TokenLogprob:
-        return TokenLogprob(
-            token=self._text(one.token_id),
-            bytes=tuple(self._texts.of(one.token_id)),
-            logprob=one.logprobs.chosen,
-            top_logprobs=tuple(
-                TopLogprob(
-                    token=self._text(token), bytes=tuple(self._texts.of(token)), logprob=logprob
-                )
-                for token, logprob in one.logprobs.top
-            ),
-        )
+    def _whole_text(self, text: str) -> str:
+        content = json_string(text)
+        return f'"message":{{"role":"assistant","content":{content},"refusal":null}}'
 
 
-def _collect(deltas: Iterable[TextDelta]) -> dict[int, _Answer]:
-    answers: dict[int, _Answer] = {}
-    for delta in deltas:
-        answer = answers.setdefault(delta.index, _Answer())
-        answer.text += delta.text
-        answer.tokens += delta.tokens
-        answer.finish_reason = delta.finish_reason
-    return answers
+def _choice_end(
+    logprobs: LogprobsJson | None, finish_reason: FinishReason | None
+) -> Iterator[bytes]:
+    """A choice from behind its text on."""
+    yield b',"logprobs":'
+    if logprobs is None:
+        yield b"null"
+    else:
+        yield from logprobs.fragments()
+    yield f',"finish_reason":{json.dumps(finish_reason)}}}'.encode()
+
+
+def _usage(usage: Usage) -> bytes:
+    return b'"usage":' + usage.model_dump_json().encode()
+
+
+def _gathered(fragments: Iterable[bytes]) -> Iterator[bytes]:
+    """``fragments`` put together to pieces of about ``_PIECE_BYTES``."""
+    piece = bytearray()
+    for fragment in fragments:
+        piece += fragment
+        if len(piece) >= _PIECE_BYTES:
+            yield bytes(piece)
+            piece.clear()
+    if piece:
+        yield bytes(piece)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -61,18 +62,24 @@ class Responder:
     async def send_work(
         self, work: AsyncGenerator[bytes, None], *, is_stream: bool, timeout_s: float | None
     ) -> None:
-        """Send what ``work`` yields: events of a stream, or one JSON document.
+        """Send what ``work`` yields: events of a stream, or one JSON document in pieces.
 
-        An error before the first piece becomes the response; after it, the stream's last event. If the
-        client goes away, or ``timeout_s`` seconds are over, ``work`` is closed wherever it waits.
+        An error before the first event, or before the document is complete, becomes the response; after
+        that, the stream's last event. If the client goes away, or ``timeout_s`` seconds are over, ``work`` is
+        closed wherever it waits. A document that is complete is sent whatever the time.
         """
-        sending = asyncio.ensure_future(self._send_pieces(work, is_stream))
+        send = self._send_events if is_stream else self._send_document
+        sending = asyncio.ensure_future(send(work))
         leaving = asyncio.ensure_future(self._client_left())
         error: ApiError | None = None
         try:
             done, _ = await asyncio.wait(
                 (sending, leaving), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
             )
+            if not done and self._has_begun and not is_stream:
+                done, _ = await asyncio.wait(
+                    (sending, leaving), return_when=asyncio.FIRST_COMPLETED
+                )
             if sending in done:
                 sending.result()
             elif not done:
@@ -96,31 +103,38 @@ class Responder:
     async def send_json(self, document: dict[str, Any], status: int = 200) -> None:
         """Send one JSON document as the whole response."""
         body = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
-        await self._send_whole(body, status, {})
+        await self._send_whole(deque([body]), status, {})
 
     async def send_error(self, error: ApiError) -> None:
         """Send ``error`` as the whole response."""
         body = json.dumps(error.body(), ensure_ascii=False).encode("utf-8", "replace")
-        await self._send_whole(body, error.status, error.headers())
+        await self._send_whole(deque([body]), error.status, error.headers())
 
-    async def _send_pieces(self, work: AsyncGenerator[bytes, None], is_stream: bool) -> None:
+    async def _send_events(self, work: AsyncGenerator[bytes, None]) -> None:
         async for piece in work:
-            if not is_stream:
-                await self._send_whole(piece, 200, {})
-                return
             if not self._has_begun:
                 await self._begin(200, {"Content-Type": CONTENT_TYPE, "Cache-Control": "no-cache"})
             await self._send_piece(piece)
         await self._end()
 
+    async def _send_document(self, work: AsyncGenerator[bytes, None]) -> None:
+        await self._send_whole(deque([piece async for piece in work]), 200, {})
+
     async def _client_left(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def _send_whole(self, body: bytes, status: int, headers: dict[str, str]) -> None:
-        length = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+    async def _send_whole(self, pieces: deque[bytes], status: int, headers: dict[str, str]) -> None:
+        """``pieces`` is emptied: a long document's memory is given back while it is sent."""
+        num_bytes = sum(len(piece) for piece in pieces)
+        length = {"Content-Type": "application/json", "Content-Length": str(num_bytes)}
         await self._begin(status, length | headers)
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        while len(pieces) > 1:
+            await self._send_piece(pieces.popleft())
+            # Nothing waits while the client reads as fast as this sends: others have their turn here.
+            await asyncio.sleep(0)
+        last = pieces.popleft()
+        await self._send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _begin(self, status: int, headers: dict[str, str]) -> None:
         self._has_begun = True

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity (suppressed tokens), as at OpenAI: JSON has no number for it."""
+
 _SEED_BYTES = 8
 
 
@@ -40,6 +43,7 @@ class SamplingParams:
 @dataclass(frozen=True)
 class TokenLogprobs:
     """Natural log-probabilities at one position, as the model gives them: before temperature and top-k.
+    All are finite, ``LOWEST_LOGPROB`` at least.
 
     Attributes:
         chosen: of the chosen token.
@@ -123,7 +127,8 @@ def _filtered(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
 
 
 def _report(scores: torch.Tensor, token: int, num_logprobs: int) -> TokenLogprobs:
-    logprobs = torch.log_softmax(scores, dim=-1)
+    logprobs = torch.log_softmax(scores, dim=-1).nan_to_num_(nan=LOWEST_LOGPROB)
+    logprobs.clamp_(min=LOWEST_LOGPROB)
     values, ids = logprobs.topk(min(num_logprobs, logprobs.numel()))
     return TokenLogprobs(
         chosen=float(logprobs[token]),

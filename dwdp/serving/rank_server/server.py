@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -28,11 +29,18 @@ class GuardedSocket(socket.socket):
     """A listening unix socket that takes connections of this user's processes only."""
 
     def accept(self) -> tuple[socket.socket, Any]:
-        while True:
-            connection, address = super().accept()
-            if is_own_user(connection):
-                return connection, address
-            connection.close()
+        """The next connection.
+
+        Raises:
+            BlockingIOError: there is none, or it was somebody else's, who was turned away. Event loops
+                take it for "none right now" and come back after everything else has had its turn: so
+                nobody can keep one busy by connecting again and again.
+        """
+        connection, address = super().accept()
+        if is_own_user(connection):
+            return connection, address
+        connection.close()
+        raise BlockingIOError(errno.EAGAIN, "a connection of another user was turned away")
 
 
 def listen(name: str) -> GuardedSocket:

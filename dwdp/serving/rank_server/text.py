@@ -61,7 +61,10 @@ class AnswerText:
         """The delta that ``step`` brings. After one with a finish reason there is none to come."""
         passed = ""
         num_tokens = 0
-        for position, token_id in enumerate(step.token_ids):
+        # An end token says nothing, whether or not the tokenizer takes it for a special one.
+        has_end_token = step.finish_reason == "stop" and bool(step.token_ids)
+        said = step.token_ids[:-1] if has_end_token else step.token_ids
+        for position, token_id in enumerate(said):
             num_tokens += 1
             if step.logprobs:
                 self._held_tokens.append(
@@ -72,8 +75,7 @@ class AnswerText:
                 break
         finish_reason = step.finish_reason
         if finish_reason is not None and not self._matcher.is_stopped:
-            if finish_reason == "stop" and step.token_ids and self._held_tokens:
-                self._held_tokens.pop()  # the end token says nothing
+            num_tokens += has_end_token
             passed += self._pass_on(self._detokenizer.finish())
             if not self._matcher.is_stopped:
                 passed += self._matcher.finish()

@@ -33,7 +33,8 @@ class PromptTokenizer:
     """Makes prompts of text. Its methods are slow for long texts: call them off the event loop.
 
     Args:
-        tokenizer: of the checkpoint.
+        tokenizer: of the checkpoint. Truncation and padding, which tokenizer.json may ask for, are
+            switched off.
         chat_template: Jinja source; None for the checkpoint's own, or a plain one if it has none.
     """
 
@@ -41,6 +42,7 @@ class PromptTokenizer:
         self, tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None
     ) -> None:
         self._tokenizer = tokenizer
+        _leave_lengths_alone(tokenizer)
         self.has_own_template = chat_template is not None or bool(tokenizer.chat_template)
         self._template = chat_template or tokenizer.chat_template or PLAIN_CHAT_TEMPLATE
         self._max_token_chars = max_token_chars(tokenizer)
@@ -93,6 +95,18 @@ class PromptTokenizer:
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def _leave_lengths_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Switch truncation and padding off now.
+
+    Transformers would do so when the first prompt is encoded: on a thread, while the event loop may be
+    decoding with the same tokenizer, which is not to be changed in the midst of that.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
 
 
 def max_token_chars(tokenizer: PreTrainedTokenizerBase) -> int | None:

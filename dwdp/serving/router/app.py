@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import re
@@ -32,7 +31,13 @@ from dwdp.serving.openai.responses import Model, ModelList
 from dwdp.serving.page.assets import page_response
 from dwdp.serving.router.balancer import Balancer
 from dwdp.serving.router.body import BodyReader, ClientGone, Receive
-from dwdp.serving.router.cost import CheckedRequest, RelayedRequest, check_length, estimate_cost
+from dwdp.serving.router.cost import (
+    CheckedRequest,
+    Cost,
+    RelayedRequest,
+    check_length,
+    estimate_cost,
+)
 from dwdp.serving.router.forwarder import Forwarder, Job, Send
 from dwdp.serving.router.keys import ApiKeys
 from dwdp.serving.router.lease import Deadline
@@ -40,7 +45,7 @@ from dwdp.serving.router.metrics import CONTENT_TYPE, RouterMetrics
 from dwdp.serving.router.openapi import openapi_document
 from dwdp.serving.router.rank_limits import widest_limits
 from dwdp.serving.router.settings import RouterSettings
-from dwdp.serving.router.snapshot import health, snapshot
+from dwdp.serving.router.snapshot import SnapshotFeed, health, snapshot
 from dwdp.serving.supervisor.ranks import RankState, RankTable
 
 log = logging.getLogger(__name__)
@@ -52,6 +57,8 @@ MAX_WATCHERS = 64
 _CLIENT_GONE_STATUS = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _OPEN_PATHS = frozenset({"/", "/health", "/health/live", "/health/ready"})
+_COMPLETIONS = "/v1/completions"
+_CHAT_COMPLETIONS = "/v1/chat/completions"
 _CLOSING_STATUSES = frozenset({408, 413})
 
 Scope = dict[str, Any]
@@ -83,7 +90,12 @@ class Router:
         self._model = Model(id=model, created=int(time.time()))
         self._settings = settings
         self._keys = keys
-        self._forwarder = Forwarder(self.balancer, self.metrics, max_attempts=settings.max_attempts)
+        self._forwarder = Forwarder(
+            self.balancer,
+            self.metrics,
+            max_attempts=settings.max_attempts,
+            max_answer_bytes=settings.max_buffered_bytes,
+        )
         self._bodies = BodyReader(
             settings.max_body_bytes, settings.max_buffered_bytes, settings.body_timeout_s
         )
@@ -91,7 +103,12 @@ class Router:
         chat: type[ChatCompletionRequest | RelayedChatCompletionRequest] = ChatCompletionRequest
         if relays:
             completion, chat = RelayedCompletionRequest, RelayedChatCompletionRequest
-        self._openapi = openapi_document(model, completion, chat, needs_key=keys.is_required)
+        self._openapi = openapi_document(
+            None if relays else model, completion, chat, needs_key=keys.is_required
+        )
+        self._feed = SnapshotFeed(
+            lambda: snapshot(table, self.balancer, model), max_age_s=PAGE_INTERVAL_S
+        )
         self._num_watchers = 0
         self._ended = asyncio.Event()
         self._app = Starlette(
@@ -106,12 +123,12 @@ class Router:
                 Route("/v1/models", self._models),
                 Route("/v1/models/{model:path}", self._one_model),
                 Route(
-                    "/v1/completions",
+                    _COMPLETIONS,
                     _Endpoint(partial(self.generate, partial(parse, completion))),
                     methods=["POST"],
                 ),
                 Route(
-                    "/v1/chat/completions",
+                    _CHAT_COMPLETIONS,
                     _Endpoint(partial(self.generate, partial(parse, chat))),
                     methods=["POST"],
                 ),
@@ -125,14 +142,17 @@ class Router:
         self._app.router.redirect_slashes = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path, arrived_s = scope["path"], time.monotonic()
         try:
-            if scope["path"] not in _OPEN_PATHS:
+            if path not in _OPEN_PATHS:
                 self._keys.check(_headers(scope).get(b"authorization"))
             await self._app(scope, receive, send)  # type: ignore[arg-type]
         except ApiError as error:
+            if path in (_COMPLETIONS, _CHAT_COMPLETIONS):
+                self._count(path, error.status, arrived_s)
             await send_error(error, send)
         except Exception:
-            log.exception("a request to %s failed", scope["path"])
+            log.exception("a request to %s failed", path)
 
     @property
     def is_ready(self) -> bool:
@@ -162,21 +182,34 @@ class Router:
         """Answer one request for text."""
         arrived_s = time.monotonic()
         path, status = scope["path"], 500
+        settings = self._settings
+        deadline = Deadline.after(settings.request_timeout_s)
         try:
             headers = _headers(scope)
             async with self._bodies.read(headers, receive) as body:
-                job = self._job(parse_body, path, headers, body)
+                job = Job(
+                    path=path,
+                    body=body,
+                    headers=_rank_headers(headers),
+                    cost=self._cost(parse_body(body)),
+                    deadline=deadline,
+                    arrived_s=arrived_s,
+                )
                 work = asyncio.ensure_future(self._forwarder.answer(job, send))
-                status = await _unless_gone(work, receive)
+                status = await _unless_gone(
+                    work, receive, deadline.left_s + settings.write_timeout_s
+                )
         except ApiError as error:
             status = error.status
             raise
         except ClientGone:
             status = _CLIENT_GONE_STATUS
             raise
+        except _TooSlow:
+            status = _CLIENT_GONE_STATUS
+            self.metrics.refused_connections.labels("client reads too slowly").inc()
         finally:
-            self.metrics.requests.labels(path, status).inc()
-            self.metrics.duration_s.observe(time.monotonic() - arrived_s)
+            self._count(path, status, arrived_s)
 
     async def watch(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what the page shows, every second until the client leaves."""
@@ -191,35 +224,34 @@ class Router:
         finally:
             self._num_watchers -= 1
 
-    def _job(
-        self,
-        parse_body: ParseBody,
-        path: str,
-        headers: dict[bytes, bytes],
-        body: bytes,
-    ) -> Job:
-        request = parse_body(body)
+    def _count(self, path: str, status: int, arrived_s: float) -> None:
+        """Note that a request for text has ended."""
+        self.metrics.requests.labels(path, status).inc()
+        self.metrics.duration_s.observe(time.monotonic() - arrived_s)
+
+    def _cost(self, request: CheckedRequest | RelayedRequest) -> Cost:
+        """What ``request`` costs, if a rank can take it; one that is relayed is the ranks' to check.
+
+        Raises:
+            ApiError: 404, another model; 400, too long for every rank.
+        """
         if isinstance(request, CompletionRequest | ChatCompletionRequest):
             if request.model != self._model.id:
                 raise model_not_found(request.model, self._model.id)
             check_length(request, widest_limits(self._table.ranks).max_sequence_length)
-        return Job(
-            path=path,
-            body=body,
-            headers={"Content-Type": "application/json", "X-Request-Id": _request_id(headers)},
-            cost=estimate_cost(request),
-            deadline=Deadline.after(self._settings.request_timeout_s),
-        )
+        return estimate_cost(request)
 
     async def _page(self, request: Request) -> Response:
         return page_response()
 
     async def _snapshots(self) -> AsyncIterator[bytes]:
+        event = self._feed.fresh()
         while not self._ended.is_set():
-            document = snapshot(self._table, self.balancer, self._model.id)
-            yield b"data: " + json.dumps(document).encode() + b"\n\n"
-            with contextlib.suppress(asyncio.TimeoutError):
+            yield event
+            try:
                 await asyncio.wait_for(self._ended.wait(), PAGE_INTERVAL_S)
+            except asyncio.TimeoutError:
+                event = self._feed.latest()
 
     async def _health(self, request: Request) -> Response:
         is_ready = self.is_ready
@@ -305,17 +337,22 @@ async def _describe_http_error(request: Request, error: Exception) -> Response:
     return response
 
 
-async def _unless_gone(work: asyncio.Task[int], receive: Receive) -> int:
-    """The result of ``work``, which is cancelled when the client goes away.
+class _TooSlow(Exception):
+    """A client reads its answer, but will not have done so in time."""
+
+
+async def _unless_gone(work: asyncio.Task[int], receive: Receive, timeout_s: float) -> int:
+    """The result of ``work``, which is cancelled when the client goes away or ``timeout_s`` are over.
 
     Raises:
         ClientGone: it has.
+        _TooSlow: they are.
     """
     gone = asyncio.ensure_future(_disconnected(receive))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise ClientGone
+            raise ClientGone if gone.done() else _TooSlow
         return work.result()
     finally:
         gone.cancel()
@@ -331,6 +368,11 @@ async def _disconnected(receive: Receive) -> None:
 
 def _headers(scope: Scope) -> dict[bytes, bytes]:
     return dict(scope["headers"])
+
+
+def _rank_headers(headers: dict[bytes, bytes]) -> dict[str, str]:
+    """What a rank is told besides its own headers and the body."""
+    return {"Content-Type": "application/json", "X-Request-Id": _request_id(headers)}
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:

@@ -144,6 +144,8 @@ class Balancer:
                 rank will come, 504 at the deadline.
         """
         self._check_open(is_retry)
+        if deadline.left_s == 0.0:
+            raise deadline.error()
         if (error := _too_wide(cost, widest_limits(self._table.ranks))) is not None:
             raise error
         if not self._queue and (opening := _choose(self._openings(), cost, avoid)) is not None:

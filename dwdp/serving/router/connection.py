@@ -15,7 +15,10 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import fcntl
 import json
+import struct
+import termios
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,7 +36,9 @@ _PIECE_BYTES = 4096
 """What is parsed at a time: bounds the requests that are found before parsing can be held."""
 
 _MAX_AHEAD_BYTES = 1 << 16
-"""What a client may send ahead of an answer before it is not read any more."""
+"""Once a client has sent more ahead of an answer, it is not read any more. (One read may bring 256 KiB.)"""
+
+_QUEUED_BYTES = struct.Struct("i")
 
 
 @dataclass
@@ -42,9 +47,10 @@ class ConnectionLimits:
 
     Attributes:
         header_timeout_s: for the headers of a request, and for the rest of one that is answered already.
+        write_timeout_s: for a client to read something of what it is sent, again and again.
         refuse: the ASGI application that answers on a connection above the limit.
         on_refusal: called with the reason when a connection is closed by a limit.
-        idle: connections that are not answering a request, longest idle first.
+        idle: connections that are not answering a request, longest idle first; they give way to others.
         num_open: connections of any kind.
     """
 
@@ -78,12 +84,14 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unanswered: deque[RequestResponseCycle] = deque()
         self._arrival_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._unread_bytes = 0  # when that timer was set
         self._header_bytes = 0
         # Parsed since the last headers or piece of a body that was complete: the parser keeps it.
         self._pending_bytes = 0
         self._refusal: ApiError | None = None
         self._is_counted = False
         self._is_ending = False
+        self._has_given_way = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -197,9 +205,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def make_room(self) -> None:
         """Close this connection, which is idle, for another one."""
-        self._limits.idle.pop(self, None)
+        self._has_given_way = True
         self._uncount()
         self._close()
+        self._limits.idle.pop(self, None)
 
     def end_after_answer(self) -> None:
         """The answer is the last on this connection: close it when its request has arrived in full."""
@@ -251,6 +260,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _await_reading(self) -> None:
         if self._write_timer is None:
+            self._unread_bytes = self._count_unread()
             self._write_timer = self.loop.call_later(
                 self._limits.write_timeout_s, self._give_up_writing
             )
@@ -276,8 +286,25 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refuse(ApiError(408, message, code="header_timeout"), "headers too slow")
 
     def _give_up_writing(self) -> None:
+        self._write_timer = None
+        if self._count_unread() < self._unread_bytes and not self._has_given_way:
+            self._await_reading()
+            return
         self._limits.on_refusal("client does not read")
         self.transport.abort()
+
+    def _count_unread(self) -> int:
+        """Bytes that are written and not at the client, those that wait in the kernel included.
+
+        The kernel takes more only when much of what it holds is gone: a slow client's reading would not
+        be seen in the transport's buffer alone.
+        """
+        queued = fcntl.ioctl(
+            self.transport.get_extra_info("socket").fileno(),
+            termios.TIOCOUTQ,
+            bytes(_QUEUED_BYTES.size),
+        )
+        return self.transport.get_write_buffer_size() + int(_QUEUED_BYTES.unpack(queued)[0])
 
     def _count_header_bytes(self, num_bytes: int) -> None:
         self._header_bytes += num_bytes
@@ -304,6 +331,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """End the connection when the client has read what is written, for which it has a while."""
         self.transport.close()
         if self.transport.get_write_buffer_size():
+            if self._is_counted:
+                self._limits.idle[self] = None
             self._await_reading()
 
 

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 
 import aiohttp
 
 from dwdp.serving.openai.errors import unavailable
-from dwdp.serving.openai.streaming import CONTENT_TYPE, error_event
+from dwdp.serving.openai.streaming import error_event
+from dwdp.serving.router.answers import Answer, AnswerRoom
 from dwdp.serving.router.balancer import Balancer
 from dwdp.serving.router.cost import Cost
 from dwdp.serving.router.lease import Deadline, Lease
@@ -23,6 +25,9 @@ log = logging.getLogger(__name__)
 
 _LOST_RETRY_S = 1.0
 _LEAST_TIMEOUT_S = 0.001
+_PIECE_BYTES = 1 << 16
+"""What is sent at a time of a whole answer; the client has to read before there is more."""
+
 _RETURNED_HEADERS = ("content-type", "retry-after", "x-request-id")
 _LOST = "rank_lost"
 
@@ -38,6 +43,7 @@ class Job:
         path: where it goes on the rank.
         body: as the client sent it.
         headers: what the rank gets besides its own.
+        arrived_s: when it came, in monotonic time.
     """
 
     path: str
@@ -45,14 +51,7 @@ class Job:
     headers: Mapping[str, str]
     cost: Cost
     deadline: Deadline
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """What a rank has said so far: all of it, or the first bytes of a stream that goes on."""
-
-    response: aiohttp.ClientResponse
-    data: bytes
+    arrived_s: float
 
 
 class _RankLost(Exception):
@@ -68,12 +67,25 @@ class _RankLost(Exception):
 
 
 class Forwarder:
-    """Answers requests by way of the ranks."""
+    """Answers requests by way of the ranks.
 
-    def __init__(self, balancer: Balancer, metrics: RouterMetrics, *, max_attempts: int) -> None:
+    Args:
+        max_attempts: ranks that a request may have lost before it is given up.
+        max_answer_bytes: of whole answers that are held at a time.
+    """
+
+    def __init__(
+        self,
+        balancer: Balancer,
+        metrics: RouterMetrics,
+        *,
+        max_attempts: int,
+        max_answer_bytes: int,
+    ) -> None:
         self._balancer = balancer
         self._metrics = metrics
         self._max_attempts = max_attempts
+        self._room = AnswerRoom(max_answer_bytes)
 
     async def answer(self, job: Job, send: Send) -> int:
         """Have ``job`` done and send the answer to the client; returns the status sent.
@@ -86,34 +98,37 @@ class Forwarder:
         Raises:
             ApiError: there is no answer, and nothing has been sent yet.
         """
-        arrived_s = time.monotonic()
         losses: list[str] = []
         refusals = Refusals()
         avoid: set[int] = set()
+        has_been_given = False
         while len(losses) < self._max_attempts:
             lease = await self._balancer.acquire(
                 job.cost, deadline=job.deadline, avoid=avoid, is_retry=bool(avoid)
             )
+            if has_been_given:
+                self._metrics.retries.inc()
             timer = asyncio.get_running_loop().call_at(
                 job.deadline.at_s, lease.cut, job.deadline.error()
             )
             try:
                 answer = await self._first_bytes(lease, job)
-                self._metrics.first_byte_s.observe(time.monotonic() - arrived_s)
-                return await self._pass_on(answer, lease, send)
+                with closing(answer):
+                    self._metrics.first_byte_s.observe(time.monotonic() - job.arrived_s)
+                    return await self._pass_on(answer, lease, send)
             except RankRefused as refusal:
                 self._balancer.pause(lease)
                 refusals.add(lease.rank.rank, refusal)
                 if (error := refusals.verdict(self._balancer.ready_ranks())) is not None:
                     raise error from None
-                self._metrics.retries.inc()
+                has_been_given = True
             except _RankLost as loss:
                 # Its end may not be known yet, and it would be given the next request as well.
                 self._balancer.pause(lease)
                 if loss.was_given:
                     losses.append(f"rank {lease.rank.rank} {loss}")
-                    self._metrics.retries.inc()
-                    log.info("a request is put to another rank: %s", losses[-1])
+                    has_been_given = True
+                    log.info("a request lost its rank: %s", losses[-1])
             finally:
                 timer.cancel()
                 lease.release()
@@ -122,15 +137,16 @@ class Forwarder:
             f"No rank could answer: {'; '.join(losses)}", _LOST, retry_after_s=_LOST_RETRY_S
         )
 
-    async def _first_bytes(self, lease: Lease, job: Job) -> _Answer:
+    async def _first_bytes(self, lease: Lease, job: Job) -> Answer:
         """Wait for the whole answer, or for a stream's first event.
 
         Raises:
             RankRefused: the rank did not begin.
             _RankLost: the rank ended before that.
-            ApiError: the request was cut off for a reason of the router's own.
+            ApiError: the request was cut off for a reason of the router's own, or there is no room for
+                the answer.
         """
-        attempt = asyncio.ensure_future(_open(lease, job))
+        attempt = asyncio.ensure_future(_open(lease, job, self._room))
         lease.on_cut(attempt.cancel)
         try:
             await asyncio.wait({attempt})
@@ -146,34 +162,35 @@ class Forwarder:
         lease.note_first_token()
         return answer
 
-    async def _pass_on(self, answer: _Answer, lease: Lease, send: Send) -> int:
+    async def _pass_on(self, answer: Answer, lease: Lease, send: Send) -> int:
         response = answer.response
         headers = [
             (name.encode(), response.headers[name].encode("utf-8", "surrogateescape"))
             for name in _RETURNED_HEADERS
             if name in response.headers
         ]
-        streams = _is_stream(response)
-        if streams:
+        if answer.is_stream:
             headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         else:
             headers.append((b"content-length", str(len(answer.data)).encode()))
+            lease.release()  # the rank is done, however long the client takes to read
         start = {"type": "http.response.start", "status": response.status, "headers": headers}
-        try:
-            await send(start)
-            if streams:
-                await self._pass_on_stream(answer, lease, send)
-            else:
-                await send({"type": "http.response.body", "body": answer.data})
-        finally:
-            # One that was read to its end has given its connection back, and is not closed by this.
-            response.close()
+        await send(start)
+        if answer.is_stream:
+            await self._pass_on_stream(answer, lease, send)
+        else:
+            await _send_whole(answer.data, send)
         return response.status
 
-    async def _pass_on_stream(self, answer: _Answer, lease: Lease, send: Send) -> None:
+    async def _pass_on_stream(self, answer: Answer, lease: Lease, send: Send) -> None:
         """The rest of a stream. Memory is bounded: what the client does not read is not read here."""
+
+        def end_on_rank() -> None:
+            answer.close()
+            lease.release()  # the client may be slow to read the rest
+
         content, data = answer.response.content, answer.data
-        lease.on_cut(answer.response.close)
+        lease.on_cut(end_on_rank)
         while data:
             await send({"type": "http.response.body", "body": data, "more_body": True})
             try:
@@ -196,11 +213,11 @@ class Forwarder:
         await send({"type": "http.response.body", "body": event})
 
 
-async def _open(lease: Lease, job: Job) -> _Answer:
+async def _open(lease: Lease, job: Job, room: AnswerRoom) -> Answer:
     """Put ``job`` to the rank, and wait for the first bytes of an answer.
 
     Raises:
-        RankRefused, _RankLost: see :meth:`Forwarder._first_bytes`.
+        RankRefused, _RankLost, ApiError: see :meth:`Forwarder._first_bytes`.
     """
     left_s = max(job.deadline.left_s, _LEAST_TIMEOUT_S)
     try:
@@ -211,35 +228,41 @@ async def _open(lease: Lease, job: Job) -> _Answer:
         raise _RankLost("cannot be reached", was_given=False) from error
     except LINK_ERRORS as error:
         raise _RankLost(f"was lost ({type(error).__name__})") from error
+    answer = Answer(response, room)
     try:
-        return _Answer(response, await _first_data(response))
+        await answer.begin()
+        _check(answer)
     except LINK_ERRORS as error:
-        response.close()
+        answer.close()
         raise _RankLost(f"was lost ({type(error).__name__})") from error
     except BaseException:
-        response.close()
+        answer.close()
         raise
+    return answer
 
 
-async def _first_data(response: aiohttp.ClientResponse) -> bytes:
-    if _is_stream(response):
-        data = await response.content.readany()
-        if not data:
+def _check(answer: Answer) -> None:
+    """Raises RankRefused or _RankLost when it is none that the client should get."""
+    status = answer.response.status
+    if answer.is_stream:
+        if not answer.data:
             raise _RankLost("ended its stream before the first event")
-        return data
-    data = await response.read()
-    if has_failed(response.status, data):
+    elif has_failed(status, answer.data):
         raise _RankLost("failed")
-    if response.status in REFUSAL_STATUSES:
-        raise RankRefused(response.status, response.headers.get("Retry-After"))
-    return data
+    elif status in REFUSAL_STATUSES:
+        raise RankRefused(status, answer.response.headers.get("Retry-After"))
 
 
-def _is_stream(response: aiohttp.ClientResponse) -> bool:
-    return response.content_type == CONTENT_TYPE
+async def _send_whole(data: bytes, send: Send) -> None:
+    """Send the body of an answer, piece by piece if it is long: as fast as the client reads."""
+    rest = memoryview(data)
+    while len(rest) > _PIECE_BYTES:
+        await send({"type": "http.response.body", "body": rest[:_PIECE_BYTES], "more_body": True})
+        rest = rest[_PIECE_BYTES:]
+    await send({"type": "http.response.body", "body": rest})
 
 
-def _discard(attempt: asyncio.Task[_Answer]) -> None:
+def _discard(attempt: asyncio.Task[Answer]) -> None:
     """Close what came for a client that has left."""
     if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().response.close()
+        attempt.result().close()

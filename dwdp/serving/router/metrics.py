@@ -138,8 +138,8 @@ class _GroupCollector:
 
 
 def reported(rank: Rank, path: tuple[str, ...]) -> float | None:
-    """The number at ``path`` in what ``rank`` reported last; None where it reports none."""
-    value: Any = rank.stats
+    """The number at ``path`` in what ``rank`` reported last; None where it reports none, or has ended."""
+    value: Any = rank.stats if rank.pid is not None else None
     for key in path:
         value = value.get(key) if isinstance(value, dict) else None
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -42,12 +42,12 @@ _WRITE_ERRORS = tuple(_ERRORS)
 
 
 def openapi_document(
-    model: str, completion: type[BaseModel], chat: type[BaseModel], *, needs_key: bool
+    model: str | None, completion: type[BaseModel], chat: type[BaseModel], *, needs_key: bool
 ) -> dict[str, Any]:
     """OpenAPI 3.1.
 
     Args:
-        model: what requests have to call the model.
+        model: what requests have to call the model; None: the ranks know.
         completion, chat: what the two paths that generate text are asked.
         needs_key: whether clients have to send an API key.
     """
@@ -56,8 +56,9 @@ def openapi_document(
         + [(schema, "serialization") for schema in _SCHEMAS],
         ref_template="#/components/schemas/{model}",
     )
-    for request in (chat, completion):
-        definitions["$defs"][request.__name__]["properties"]["model"]["enum"] = [model]
+    if model is not None:
+        for request in (chat, completion):
+            definitions["$defs"][request.__name__]["properties"]["model"]["enum"] = [model]
     components: dict[str, Any] = {"schemas": definitions["$defs"]}
     document: dict[str, Any] = {
         "openapi": "3.1.0",

@@ -126,7 +126,8 @@ class Service:
         await self._supervisor.start()
         if not self._is_ending:
             self._router.balancer.open()
-            self._announce(url, len(self._table.ranks))
+            with contextlib.suppress(OSError):  # nobody reads it, which is no reason to end
+                self._announce(url, len(self._table.ranks))
         await self._supervisor.wait()
 
     async def _drain(self, server: asyncio.Task[None], reason: ApiError) -> None:

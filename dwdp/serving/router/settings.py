@@ -36,7 +36,8 @@ class RouterSettings(BaseModel):
     max_buffered_bytes: int = Field(
         default=256 << 20,
         ge=1024,
-        description="Bodies that the router holds at a time, all requests together, in bytes.",
+        description="Bodies that the router holds at a time, all requests together, in bytes; and as much "
+        "again of answers that are not streamed.",
     )
     body_timeout_s: float = Field(
         default=30.0, gt=0, description="Seconds that a request's body may take to arrive."
@@ -57,7 +58,7 @@ class RouterSettings(BaseModel):
     write_timeout_s: float = Field(
         default=60.0,
         gt=0,
-        description="Seconds that a client may leave what it is sent unread.",
+        description="Seconds that a client may leave what it is sent unread, without reading anything of it.",
     )
     max_connections: int | None = Field(
         default=None,

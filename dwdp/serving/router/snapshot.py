@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from dwdp.serving.router.balancer import Balancer
@@ -34,6 +36,32 @@ def snapshot(table: RankTable, balancer: Balancer, model: str) -> dict[str, Any]
     }
 
 
+class SnapshotFeed:
+    """The page's events, each made once for all pages that are open.
+
+    Args:
+        make: what the page shows now.
+        max_age_s: of an event that is given to another page as well.
+    """
+
+    def __init__(self, make: Callable[[], dict[str, Any]], *, max_age_s: float) -> None:
+        self._make = make
+        self._max_age_s = max_age_s
+        self._made_s = 0.0
+        self._event = b""
+
+    def fresh(self) -> bytes:
+        """How things are now, for a page that has just been opened."""
+        self._made_s = time.monotonic()
+        self._event = b"data: " + json.dumps(self._make()).encode() + b"\n\n"
+        return self._event
+
+    def latest(self) -> bytes:
+        """How things were not long ago."""
+        is_old = time.monotonic() - self._made_s >= self._max_age_s
+        return self.fresh() if is_old or not self._event else self._event
+
+
 def _expert_memory(table: RankTable) -> dict[str, Any]:
     return {"holders": table.holders(), "at_risk": table.is_memory_at_risk()}
 
@@ -60,5 +88,5 @@ def _rank(rank: Rank, balancer: Balancer) -> dict[str, Any]:
         "resident_expert_bytes": reported(rank, ("runtime", "resident_expert_bytes")),
         "staging_bytes": reported(rank, ("runtime", "staging_bytes")),
         "exposed_wait_s": reported(rank, ("runtime", "exposed_wait_s")),
-        "timeline": rank.stats.get("timeline"),
+        "timeline": rank.stats.get("timeline") if rank.pid is not None else None,
     }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from dwdp.serving.supervisor.link import LINK_ERRORS, RankLink
+from dwdp.serving.supervisor.link import LINK_ERRORS, RankLink, listens_no_more
 from dwdp.serving.supervisor.process import RankProcess
 from dwdp.serving.supervisor.ranks import Rank, RankState, RankTable
 
@@ -87,14 +86,10 @@ class RankLife:
         await self._read_stats()  # the router goes by the limits in them
         self._ready_at_s = self._answered_s = time.monotonic()
         self._table.set_state(self._rank, RankState.READY)
-        while True:
-            try:
-                await self._look()
-            except LINK_ERRORS as error:
-                if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
-                    self._note_refusal()
-                else:
-                    self._note_silence()
+        while not await self._is_refused():
+            await asyncio.sleep(self._watch.poll_s)
+        while True:  # nobody is asked any more: who would answer now is somebody else
+            self._note_refusal()
             await asyncio.sleep(self._watch.poll_s)
 
     async def _until_set_up(self) -> None:
@@ -113,6 +108,16 @@ class RankLife:
         with suppress(*LINK_ERRORS):
             self._rank.stats = await self._link.stats(self._watch.timeout_s)
 
+    async def _is_refused(self) -> bool:
+        """Look after the rank once; whether it does not listen any more."""
+        try:
+            await self._look()
+        except LINK_ERRORS as error:
+            if listens_no_more(error):
+                return True
+            self._note_silence()
+        return False
+
     async def _look(self) -> None:
         endpoint, timeout_s = self._link.endpoint, self._watch.timeout_s
         if await self._link.is_healthy(endpoint.ready_path, timeout_s):
@@ -123,12 +128,11 @@ class RankLife:
             self._kill("said that it could not compute any more")
             return
         self._answered_s = time.monotonic()
-        self._refuses_since_s = None
         self._table.set_state(self._rank, state)
         await self._read_stats()
 
     def _note_refusal(self) -> None:
-        """Nobody listens there any more: the rank was told to end, and finishes what it has."""
+        """It does not listen any more, and never will: it was told to end, and finishes what it has."""
         now_s = time.monotonic()
         if self._refuses_since_s is None:
             self._refuses_since_s = now_s

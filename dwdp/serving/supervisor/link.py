@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 from typing import Any
 
 import aiohttp
+from aiohttp.client_exceptions import UnixClientConnectorError
+from aiohttp.client_proto import ResponseHandler
 
+from dwdp.serving.channel import is_own_user
 from dwdp.serving.supervisor.interface import RankEndpoint
 
 _READ_BUFFER_BYTES = 1 << 16
@@ -19,6 +23,30 @@ LINK_ERRORS = (aiohttp.ClientError, ConnectionError, TimeoutError, asyncio.Timeo
 """What talking to a rank that is gone, or going, raises."""
 
 
+def listens_no_more(error: BaseException) -> bool:
+    """Whether one of :data:`LINK_ERRORS` says that no process of this user's listens at an endpoint."""
+    return isinstance(error, OSError) and error.errno in (errno.ECONNREFUSED, errno.EPERM)
+
+
+class _OwnUserConnector(aiohttp.UnixConnector):
+    """Connects to this user's processes only: an abstract name that is free is anybody's to take."""
+
+    async def _create_connection(
+        self, req: aiohttp.ClientRequest, traces: list[Any], timeout: aiohttp.ClientTimeout
+    ) -> ResponseHandler:
+        """Raises UnixClientConnectorError when another user's process listens there."""
+        protocol = await super()._create_connection(req, traces, timeout)
+        try:
+            if protocol.transport is None:
+                raise ConnectionResetError(errno.ECONNRESET, "closed at once")
+            if not is_own_user(protocol.transport.get_extra_info("socket")):
+                raise PermissionError(errno.EPERM, "another user's process listens there")
+        except OSError as error:
+            protocol.close()
+            raise UnixClientConnectorError(self.path, req.connection_key, error) from error
+        return protocol
+
+
 class RankLink:
     """Connections to one rank process; made and used inside one event loop."""
 
@@ -26,7 +54,7 @@ class RankLink:
         self.endpoint = endpoint
         connector: aiohttp.BaseConnector
         if endpoint.socket is not None:
-            connector = aiohttp.UnixConnector(
+            connector = _OwnUserConnector(
                 f"\0{endpoint.socket}", limit=0, keepalive_timeout=_KEEP_ALIVE_S
             )
         else:

@@ -44,7 +44,8 @@ class Rank:
         lost_s: monotonic time at which the last process that had been set up ended; None: none has.
         recovery_s: seconds from there to being ready again; None if never lost, or not back yet.
         link: the way to the current process; None while there is none.
-        stats: the last answer at ``stats_path``; {} before the first.
+        stats: the last answer at ``stats_path``; {} before the first. Of a process that has ended only the
+            limits still say something: the next one will have the same.
     """
 
     rank: int

@@ -10,7 +10,8 @@ from dwdp.config import DwdpConfig
 from dwdp.local_store import LocalStoreServer
 from dwdp.rendezvous import prefixed, report_failure, report_loss
 from dwdp.serving.environment import rank_command, rank_environment
-from dwdp.serving.rank_server.job import EXIT_BAD_INPUT, EXIT_PEER_FAILED, RankServerJob
+from dwdp.serving.rank_exit import EXIT_BAD_INPUT, EXIT_PEER_FAILED
+from dwdp.serving.rank_server.job import RankServerJob
 from dwdp.serving.rank_server.options import RankOptions
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
 

@@ -18,6 +18,11 @@ const char* standin_fault_raised();
 // Calls of an entry point so far, all its versions together; "*" counts what "*" can fail.
 std::int64_t standin_calls(const char* name);
 
+// What callers did so far that a real driver might not survive, or that checkers report as errors:
+// "dead stream": a handle was passed that names no stream, or none any more; "unknown version": an
+// entry point was asked for in the form of a CUDA version newer than the driver.
+std::int64_t standin_misuses(const char* what);
+
 // What is alive in this process: "handles", "mappings", "reservations", "allocations" (cuMemAlloc,
 // cuMemAllocHost), "memory_bytes", "streams", "events", "graphs", "graph_execs",
 // "modules", "contexts" (references to primary contexts), "current" (contexts on this thread's

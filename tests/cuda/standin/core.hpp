@@ -27,6 +27,9 @@ CUresult enter(const char* function);
 // The same for the few that may be called before cuInit.
 CUresult enter_uninitialized(const char* function);
 
+// Counts something that a real driver might not survive, or that checkers report; see control.hpp.
+void count_misuse(const char* what);
+
 // False in a forked child of an initialized process, where the driver cannot be used.
 bool mark_initialized();
 

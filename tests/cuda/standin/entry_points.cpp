@@ -181,7 +181,10 @@ CUresult find_entry(const char* symbol, int version, void** address,
                     CUdriverProcAddressQueryResult* status) {
   *address = nullptr;
   *status = CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
-  if (version > driver_version()) return CUDA_ERROR_INVALID_VALUE;
+  if (version > driver_version()) {
+    count_misuse("unknown version");
+    return CUDA_ERROR_INVALID_VALUE;
+  }
   if (hidden(symbol)) return CUDA_SUCCESS;
   for (const EntryPoint& entry : kEntryPoints) {
     if (std::strcmp(entry.name, symbol) != 0 || entry.version > driver_version()) continue;

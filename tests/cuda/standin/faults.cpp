@@ -15,6 +15,7 @@ namespace {
 struct Ledger {
   std::mutex mutex;
   std::map<std::string, std::int64_t> calls;
+  std::map<std::string, std::int64_t> misuses;
   std::map<std::string, std::string> settings;
   std::string fault_name;
   std::int64_t fault_countdown = 0;
@@ -101,6 +102,12 @@ CUresult enter(const char* function) {
   return count(base_name(function));
 }
 
+void count_misuse(const char* what) {
+  Ledger& state = ledger();
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  ++state.misuses[what];
+}
+
 std::string text_setting(const char* name) {
   Ledger& state = ledger();
   const std::lock_guard<std::mutex> lock(state.mutex);
@@ -138,6 +145,12 @@ std::int64_t standin_calls(const char* name) {
   standin::Ledger& state = standin::ledger();
   const std::lock_guard<std::mutex> lock(state.mutex);
   return state.calls[name];
+}
+
+std::int64_t standin_misuses(const char* what) {
+  standin::Ledger& state = standin::ledger();
+  const std::lock_guard<std::mutex> lock(state.mutex);
+  return state.misuses[what];
 }
 
 void standin_set(const char* name, const char* value) {

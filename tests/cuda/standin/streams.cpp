@@ -155,7 +155,10 @@ CUresult find_stream(CUstream handle, std::shared_ptr<Stream>* stream) {
   }
   if (handle == CU_STREAM_PER_THREAD) return CUDA_ERROR_NOT_SUPPORTED;
   *stream = streams().find(handle);
-  if (*stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  if (*stream == nullptr) {
+    count_misuse("dead stream");
+    return CUDA_ERROR_INVALID_HANDLE;
+  }
   return (*stream)->context()->error;
 }
 

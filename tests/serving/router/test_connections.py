@@ -266,35 +266,118 @@ def test_a_connection_above_the_limit_is_served_once_there_is_room() -> None:
             eventually(is_served, "the connection is served")
 
 
+class Connected:
+    """Connections to an application that answers everything with ``num_bytes`` bytes, within limits."""
+
+    def __init__(self, num_bytes: int, **limits: Any) -> None:
+        self.reasons: list[str] = []
+        self._num_bytes = num_bytes
+        self.limits = ConnectionLimits(
+            **{
+                "max_connections": 4,
+                "max_header_bytes": MAX_HEADER_BYTES,
+                "header_timeout_s": PATIENCE_S,
+                "write_timeout_s": 0.1,
+                "refuse": self._answer,
+                "on_refusal": self.reasons.append,
+                **limits,
+            }
+        )
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"%d" % self._num_bytes)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"x" * self._num_bytes})
+
+    async def ask(self, *headers: str) -> socket.socket:
+        """A client that has sent a request; what the kernel holds for it is little."""
+        config = uvicorn.Config(
+            self._answer, log_config=None, lifespan="off", ws="none", interface="asgi3"
+        )
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        theirs.sendall("\r\n".join(["GET / HTTP/1.1", "Host: x", *headers, "", ""]).encode())
+        theirs.setblocking(False)
+        await asyncio.get_running_loop().connect_accepted_socket(
+            lambda: GuardedProtocol(config, ServerState(), {}, limits=self.limits), ours
+        )
+        return theirs
+
+    async def until_closed(self, num_open: int = 0) -> None:
+        while self.limits.num_open > num_open:
+            await asyncio.sleep(0.01)
+
+
+def read_slowly(client: socket.socket, num_bytes: int) -> asyncio.Future[int]:
+    """Reads ``num_bytes`` again and again, as a function that the loop calls ahead of later timers.
+
+    Returns:
+        How much there was until the end of the connection, once that is there.
+    """
+    loop = asyncio.get_running_loop()
+    total: asyncio.Future[int] = loop.create_future()
+    num_read = 0
+
+    def read() -> None:
+        nonlocal num_read
+        try:
+            data = client.recv(num_bytes)
+        except BlockingIOError:
+            data = None
+        except ConnectionResetError:
+            data = b""
+        if data == b"":
+            total.set_result(num_read)
+            return
+        num_read += len(data or b"")
+        loop.call_later(0.01, read)
+
+    read()
+    return total
+
+
 @pytest.mark.parametrize("num_bytes", [40_000, 400_000], ids=["less", "more"])
 def test_a_connection_is_not_kept_for_a_client_that_does_not_read_the_end(num_bytes: int) -> None:
     """Less than the transport writes ahead, or more: closing must not wait for the client for good."""
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        headers = [(b"content-length", b"%d" % num_bytes)]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": b"x" * num_bytes})
+    async def run() -> None:
+        server = Connected(num_bytes)
+        with await server.ask("Connection: close"):
+            await server.until_closed()
+        assert server.reasons == ["client does not read"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("headers", [("Connection: close",), ()], ids=["last", "not the last"])
+def test_a_client_that_reads_slowly_gets_all_of_its_answer(headers: tuple[str, ...]) -> None:
+    num_bytes = 400_000
 
     async def run() -> None:
-        reasons: list[str] = []
-        limits = ConnectionLimits(
-            max_connections=4,
-            max_header_bytes=MAX_HEADER_BYTES,
-            header_timeout_s=PATIENCE_S,
-            write_timeout_s=0.1,
-            refuse=app,
-            on_refusal=reasons.append,
-        )
-        config = uvicorn.Config(app, log_config=None, lifespan="off", ws="none")
-        ours, theirs = socket.socketpair()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        with theirs:
-            theirs.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: GuardedProtocol(config, ServerState(), {}, limits=limits), ours
-            )
-            while limits.num_open:
+        server = Connected(num_bytes, write_timeout_s=0.1)
+        with await server.ask(*headers) as client:
+            total = read_slowly(client, 4096)
+            while not total.done() and not server.limits.idle:
                 await asyncio.sleep(0.01)
-        assert reasons == ["client does not read"]
+            if not headers:  # it is kept for another request
+                client.shutdown(socket.SHUT_WR)
+            assert await total > num_bytes
+            await server.until_closed()
+        assert server.reasons == []
+
+    asyncio.run(run())
+
+
+def test_a_client_that_reads_its_last_answer_slowly_gives_way_to_others() -> None:
+    async def run() -> None:
+        server = Connected(400_000, max_connections=1, write_timeout_s=0.5)
+        with await server.ask("Connection: close") as slow:
+            total = read_slowly(slow, 64)  # it would take a minute
+            while not server.limits.idle:
+                await asyncio.sleep(0.01)
+            with await server.ask("Connection: close") as client:
+                assert await read_slowly(client, 1 << 20) > 400_000
+            assert await total < 400_000
+        assert server.reasons == ["too many connections", "client does not read"]
 
     asyncio.run(run())

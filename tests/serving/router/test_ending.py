@@ -8,7 +8,18 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
-from front import COMPLETIONS, MODEL, PATIENCE_S, Reply, eventually, serving, wait_for_work, words
+from front import (
+    COMPLETIONS,
+    MODEL,
+    PATIENCE_S,
+    Front,
+    Reply,
+    eventually,
+    serving,
+    start_stand_ins,
+    wait_for_work,
+    words,
+)
 
 
 def test_sigterm_lets_streams_finish() -> None:
@@ -48,6 +59,28 @@ def test_ctrl_c_and_the_death_of_the_router_leave_no_process_behind() -> None:
                 lambda pids=pids: not any(map(runs, pids)),
                 "the ranks are gone",
             )
+
+
+def test_nobody_has_to_read_that_it_is_ready() -> None:
+    process = start_stand_ins(1)
+    assert process.stdout is not None
+    process.stdout.close()
+    try:
+
+        def address() -> str | None:
+            for one in psutil.Process(process.pid).net_connections("tcp"):
+                if one.status == psutil.CONN_LISTEN:
+                    return f"http://127.0.0.1:{one.laddr.port}"
+            return None
+
+        front = Front(process, eventually(address, "it listens"))
+        eventually(lambda: front.get("/health/ready").status == 200, "it is ready")
+        assert front.complete("heard", max_tokens=1).text == "heard:0"
+        process.send_signal(signal.SIGTERM)
+        front.await_log("draining")
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_second_signal_cuts_the_waiting_short() -> None:

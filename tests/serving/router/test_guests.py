@@ -12,9 +12,10 @@ from contextlib import ExitStack
 
 import psutil
 import pytest
-from front import COMPLETIONS, MODEL, Front, Reply, eventually, serving
+from front import COMPLETIONS, MODEL, PATIENCE_S, Front, Reply, eventually, serving
 
 from dwdp.serving.router.app import MAX_WATCHERS
+from dwdp.serving.router.snapshot import SnapshotFeed
 
 ASKED = {"model": MODEL, "prompt": "hello", "max_tokens": 2}
 
@@ -118,13 +119,18 @@ def test_watchers_are_limited_and_let_go(front: Front) -> None:
         head = front.request("HEAD", "/page/events")
         assert (head.status, head.body) == (200, b"")
     with ExitStack() as stack:
+        pages = []
         for _ in range(MAX_WATCHERS):
             connection = front.connect()
             stack.callback(connection.close)
             connection.request("GET", "/page/events")
-            assert connection.getresponse().status == 200
+            pages.append(connection.getresponse())
+            assert pages[-1].status == 200
         reply = front.get("/page/events")
         assert reply.status == 429 and reply.headers["retry-after"] == "30"
+        events = [[page.readline() for _ in range(3)] for page in pages]
+        later = [json.loads(third.removeprefix(b"data: "))["now_s"] for _, _, third in events]
+        assert len(set(later)) < MAX_WATCHERS  # made once for several pages
     eventually(lambda: "queued" in front.snapshot(), "there is room for pages again")
 
 
@@ -143,6 +149,9 @@ def test_keys_open_the_door() -> None:
                 assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
                 assert reply.headers["www-authenticate"] == "Bearer"
             assert front.request("POST", COMPLETIONS, ASKED, headers).status == 401
+        front.headers["Authorization"] = "Bearer second"
+        refused = f'dwdp_requests_total{{endpoint="{COMPLETIONS}",status="401"}} 3.0'
+        assert refused in front.get("/metrics").body.decode()
         for key in ("first key", "second"):
             headers = {"Authorization": f"Bearer {key}"}
             assert front.request("POST", COMPLETIONS, ASKED, headers).status == 200
@@ -218,6 +227,89 @@ def test_a_client_that_does_not_read_is_let_go(front: Front) -> None:
         eventually(lambda: front.rank(0)["sequences"] == 1, "the stream runs")
         eventually(lambda: front.rank(0)["sequences"] == 0, "the stream is given up")
     assert front.get("/metrics").body.count(b'reason="client does not read"') == 2
+
+
+def test_an_event_is_made_once_for_all_pages_and_anew_for_a_new_one() -> None:
+    made = []
+
+    def make() -> dict[str, int]:
+        made.append(len(made))
+        return {"number": made[-1]}
+
+    feed = SnapshotFeed(make, max_age_s=1e9)
+    first = feed.latest()
+    assert first == b'data: {"number": 0}\n\n'
+    assert [feed.latest() for _ in range(5)] == [first] * 5
+    second = feed.fresh()
+    assert second == b'data: {"number": 1}\n\n'
+    assert [feed.latest() for _ in range(5)] == [second] * 5
+    feed = SnapshotFeed(make, max_age_s=0.0)
+    assert len({feed.latest() for _ in range(5)}) == 5
+
+
+def ask_for_a_long_answer(front: Front, num_words: int, *, streams: bool = False) -> socket.socket:
+    """A connection on which a request has been sent; the answer, a KiB a word, is there to be read."""
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    client.connect(front.address)
+    asked = {**ASKED, "prompt": "x" * 1024, "max_tokens": num_words, "stream": streams}
+    body = json.dumps(asked).encode()
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    client.recv(1, socket.MSG_PEEK)
+    return client
+
+
+def test_answers_that_nobody_reads_are_bounded_and_hold_no_place_on_a_rank() -> None:
+    num_words = 1 << 13  # 8 MiB: more than the kernel takes
+    with serving(1, max_buffered_bytes=12 << 20) as front:
+        with ask_for_a_long_answer(front, num_words) as reader:
+            assert front.rank(0)["sequences"] == 0
+            reply = front.complete("x" * 1024, max_tokens=num_words)
+            assert (reply.status, reply.error["code"]) == (429, "queue_full")
+            assert reply.headers["retry-after"]
+            assert front.complete("small", max_tokens=1).text == "small:0"
+            text = read_reply(reader).text
+            assert text == " ".join(f"{'x' * 1024}:{number}" for number in range(num_words))
+        with ask_for_a_long_answer(front, num_words):
+            assert front.rank(0)["sequences"] == 0
+
+        def has_room() -> bool:
+            return front.complete("x" * 1024, max_tokens=num_words).status == 200
+
+        eventually(has_room, "there is room after the client has left")
+
+
+def test_a_stream_that_nobody_reads_holds_no_place_on_a_rank_after_its_deadline() -> None:
+    with serving(1, request_timeout_s=2.0, write_timeout_s=PATIENCE_S) as front:
+        with ask_for_a_long_answer(front, 1 << 16, streams=True):
+            eventually(lambda: front.rank(0)["sequences"] == 0, "the place is free")
+
+
+def test_a_client_that_reads_too_slowly_for_its_request_is_let_go() -> None:
+    reason = 'dwdp_refused_connections_total{reason="client reads too slowly"} 1.0'
+    with serving(1, request_timeout_s=3.0, write_timeout_s=4.0) as front:
+
+        def is_given_up() -> bool:
+            with ask_for_a_long_answer(front, 1 << 13) as slow:
+                if not slow.recv(12, socket.MSG_PEEK).endswith(b"200"):
+                    return False  # it took too long to make
+                slow.settimeout(0.02)
+                while receive(slow):
+                    if reason in front.get("/metrics").body.decode():
+                        return True
+                    time.sleep(0.01)
+                raise AssertionError("it was cut off before, or is complete")
+
+        def receive(slow: socket.socket) -> bytes:
+            try:
+                return slow.recv(1 << 13)
+            except TimeoutError:
+                return b"nothing yet"
+
+        eventually(is_given_up, "the client is given up")
+        assert front.rank(0)["sequences"] == 0
+        assert front.complete("next", max_tokens=1).text == "next:0"
 
 
 def test_many_connections_keep_nobody_out() -> None:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 
-from front import PATIENCE_S, eventually, serving, start_stand_ins, wait_for_work, words
+from front import (
+    COMPLETIONS,
+    MODEL,
+    PATIENCE_S,
+    Reply,
+    eventually,
+    serving,
+    start_stand_ins,
+    wait_for_work,
+    words,
+)
 
 
 def test_requests_share_the_ranks_and_the_cheapest_rank_is_chosen() -> None:
@@ -115,6 +127,7 @@ def test_a_request_that_kills_every_rank_is_given_up() -> None:
         assert reply.status == 503
         assert reply.error["code"] == "rank_lost"
         assert reply.headers["retry-after"]
+        assert front.metric("dwdp_retries_total") == 1  # the last loss was the end
         front.await_states("ready", "ready")
         assert front.complete("fine", max_tokens=1).status == 200
 
@@ -256,3 +269,16 @@ def test_a_request_ends_at_its_deadline() -> None:
         *_, last = front.stream("each=0.1 late", max_tokens=1000)
         assert last["error"]["code"] == "deadline_exceeded"
         eventually(lambda: front.metric("dwdp_rank_running_sequences") == 0, "the rank has stopped")
+
+
+def test_the_time_for_an_answer_runs_while_its_request_arrives() -> None:
+    with serving(1, request_timeout_s=0.5, body_timeout_s=PATIENCE_S) as front:
+        body = json.dumps({"model": MODEL, "prompt": "quick", "max_tokens": 1}).encode()
+        connection = front.connect()
+        connection.putrequest("POST", COMPLETIONS)
+        connection.putheader("Content-Length", str(len(body)))
+        connection.endheaders(body[:-1])
+        time.sleep(1.0)
+        connection.send(body[-1:])
+        reply = Reply(connection.getresponse())
+        assert (reply.status, reply.error["code"]) == (504, "deadline_exceeded")
