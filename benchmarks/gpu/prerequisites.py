@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 REQUIREMENTS = {
     "annotated-types": "0.6",
-    "click": "8.2",
+    "click": "8.2.2",
     "hypothesis": "6.100",
     "psutil": "5.9",
     "pybind11": "2.13",

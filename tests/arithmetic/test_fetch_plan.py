@@ -140,7 +140,6 @@ def test_impossible_plans_are_refused() -> None:
         build_fetch_plan(0, [two], 0)
 
 
-@settings(deadline=None)
 @given(layers(), st.integers(1, 100))
 def test_slices_are_the_fetch_ranges_cut_up(layer: list[TensorLayout], slice_bytes: int) -> None:
     num_ranks = layer[0].placement.num_ranks
@@ -241,7 +240,7 @@ class RankBytes:
         return b"".join(group[segment.rank].pieces[segment.piece] for segment in segments)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(layers(), st.integers(1, 100), st.integers(0, 2**32))
 def test_composite_tensors_hold_the_full_tensor(
     layer: list[TensorLayout], slice_bytes: int, seed: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from arithmetic_cases import layouts
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dwdp.layout import (
@@ -139,7 +139,6 @@ def test_sizes_below_one_are_refused(expert_bytes: int, granularity: int, messag
         build_layout(build_placement(3, 2), expert_bytes, granularity)
 
 
-@settings(deadline=None)
 @given(layouts())
 def test_pieces_tile_the_tensor_and_are_wholly_covered_or_not_at_all(layout: TensorLayout) -> None:
     assert layout.total_bytes <= layout.mapped_bytes < layout.total_bytes + layout.granularity
@@ -163,7 +162,6 @@ def test_pieces_tile_the_tensor_and_are_wholly_covered_or_not_at_all(layout: Ten
     assert covered_by_some == set(range(len(layout.pieces)))
 
 
-@settings(deadline=None)
 @given(layouts())
 def test_resident_edge_and_fetched_bytes_are_the_tensor(layout: TensorLayout) -> None:
     placement = layout.placement
@@ -183,7 +181,6 @@ def test_resident_edge_and_fetched_bytes_are_the_tensor(layout: TensorLayout) ->
         assert all(any(a <= f.start and f.stop <= b for a, b in slots) for f in fetched)
 
 
-@settings(deadline=None)
 @given(layouts())
 def test_segments_tile_the_composite_tensor(layout: TensorLayout) -> None:
     for rank in range(layout.placement.num_ranks):

@@ -93,7 +93,6 @@ def test_full_replication_reads_nothing() -> None:
     assert served(placement) == [0, 0, 0, 0]
 
 
-@settings(deadline=None)
 @given(rules())
 def test_each_rank_stores_what_the_rule_says(rule: Rule) -> None:
     placement = rule.build()
@@ -114,7 +113,6 @@ def test_each_rank_stores_what_the_rule_says(rule: Rule) -> None:
         assert stored(placement, rank) == expected
 
 
-@settings(deadline=None)
 @given(rules())
 def test_every_expert_is_stored_and_read_from_who_stores_it(rule: Rule) -> None:
     placement = rule.build()
@@ -138,7 +136,7 @@ def test_every_expert_is_stored_and_read_from_who_stores_it(rule: Rule) -> None:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(rules(max_experts=20, max_ranks=7))
 def test_served_experts_are_balanced_as_well_as_any_choice_can(rule: Rule) -> None:
     placement = rule.build()
@@ -197,7 +195,6 @@ def test_reads_are_spread_over_the_sources() -> None:
         assert sorted(reads.values()) == [53, 53, 54]
 
 
-@settings(deadline=None)
 @given(rules())
 def test_neighbouring_experts_come_from_one_source(rule: Rule) -> None:
     placement = rule.build()
@@ -259,7 +256,6 @@ def test_impossible_placements_are_refused(rule: Rule, message: str) -> None:
         rule.build()
 
 
-@settings(deadline=None)
 @given(rules())
 def test_the_advice_for_an_uncovered_expert_works(rule: Rule) -> None:
     num_experts, num_ranks, num_stored, stride = rule

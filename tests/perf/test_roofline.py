@@ -110,7 +110,7 @@ def test_a_fetch_of_deepseek_r1_takes_what_its_bytes_take() -> None:
     assert time.prefetch_s == pytest.approx(58 * 0.75 * 6.342e9 / 900e9, rel=1e-3)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(models(), st.integers(1, 3000), st.integers(1, 4), st.integers(2, 4))
 def test_times_grow_with_work_and_ranks_only_change_what_is_shared(
     model: Model, length: int, count: int, ranks: int
@@ -127,7 +127,7 @@ def test_times_grow_with_work_and_ranks_only_change_what_is_shared(
     assert larger_group.prefetch_s >= time.prefetch_s * (1 - 1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(models(), st.integers(1, 3000))
 def test_a_group_of_one_neither_fetches_nor_exchanges(model: Model, length: int) -> None:
     time = iteration_time(model, GB200, Batch.prefill([length]), Group(1))
@@ -135,7 +135,7 @@ def test_a_group_of_one_neither_fetches_nor_exchanges(model: Model, length: int)
     assert time.dep_s == pytest.approx(time.dwdp_s) == pytest.approx(time.compute_s)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(models(), st.integers(1, 3000), st.floats(0.1, 0.9))
 def test_a_uniform_derating_changes_no_ratio(model: Model, length: int, share: float) -> None:
     """The paper's table 1 gives ratios only, so it cannot tell peak rates from a share of all."""

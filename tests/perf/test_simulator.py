@@ -208,7 +208,7 @@ def test_a_slow_rank_slows_nobody_else() -> None:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 5),
     st.floats(0.1, 3),

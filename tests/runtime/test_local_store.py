@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import HashStore
 
@@ -58,7 +58,6 @@ OPERATIONS = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(OPERATIONS, max_size=20))
 def test_it_does_what_torchs_store_does(
     server: LocalStoreServer, operations: list[tuple[Any, ...]]

@@ -85,7 +85,7 @@ class Ring:
         self.fabric.close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     num_layers=st.integers(1, 9),
     num_slots=st.integers(2, 4),
@@ -107,7 +107,7 @@ def test_forwards_in_order_read_what_was_fetched(
     ring.close()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_layers_in_any_order_read_their_own_experts(data: st.DataObject) -> None:
     num_layers = data.draw(st.integers(1, 6))

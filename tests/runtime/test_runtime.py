@@ -43,7 +43,7 @@ def run_forwards(
         return runtime.stats()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_every_rank_sees_every_expert(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 5), label="ranks")
@@ -112,7 +112,7 @@ class DeviceLikeFabric(HostFabric):
     name = "device-like"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_steps_on_demand_see_the_activated_experts(data: st.DataObject) -> None:
     """Steps of many and few tokens in any order, alone and mixed with staged ones."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -21,7 +19,11 @@ from dwdp.serving.rank_server.app import RankApplication
 from dwdp.serving.rank_server.backend import Backend, Deliver, SequenceRequest, Step
 from dwdp.serving.rank_server.detokenizer import TokenTexts
 from dwdp.serving.rank_server.engine import Engine
-from dwdp.serving.rank_server.logprobs import TokenJson
+from dwdp.serving.rank_server.logprobs import (
+    ChatLogprobsJson,
+    CompletionLogprobsJson,
+    TokenJson,
+)
 from dwdp.serving.rank_server.preparation import GenerationDefaults, Preparer
 from dwdp.serving.rank_server.rendering import ChatRenderer, CompletionRenderer, Renderer
 from dwdp.serving.rank_server.respond import Responder
@@ -67,24 +69,26 @@ class ScriptedBackend(Backend):
 
 
 class Turns:
-    """Function calls, C's included, that each turn of the event loop makes in this thread."""
+    """Tokens whose log-probabilities each turn of the event loop writes."""
 
-    def __init__(self) -> None:
-        self.calls: list[int] = []
-        self._num_calls = 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.written: list[int] = []
+        self._num_written = 0
+        for kind in (ChatLogprobsJson, CompletionLogprobsJson):
+            monkeypatch.setattr(kind, "add", self._counted(kind.add))
 
-    def _count(self, frame: FrameType, event: str, argument: object) -> None:
-        self._num_calls += event in ("call", "c_call")
+    def _counted(self, add: Callable[[Any, ReportedToken], None]) -> Callable[..., None]:
+        def add_and_count(own: Any, token: ReportedToken) -> None:
+            self._num_written += 1
+            add(own, token)
+
+        return add_and_count
 
     async def watch(self) -> None:
-        sys.setprofile(self._count)
-        try:
-            while True:
-                await asyncio.sleep(0)
-                self.calls.append(self._num_calls)
-                self._num_calls = 0
-        finally:
-            sys.setprofile(None)
+        while True:
+            await asyncio.sleep(0)
+            self.written.append(self._num_written)
+            self._num_written = 0
 
 
 class Client:
@@ -107,7 +111,7 @@ class Client:
             self.start = message
         else:
             self.pieces.append(message["body"])
-            self.piece_turns.append(len(self._turns.calls))
+            self.piece_turns.append(len(self._turns.written))
 
 
 def application(backend: Backend) -> RankApplication:
@@ -141,13 +145,12 @@ def steps(ids: Sequence[str], position: int) -> list[Step]:
     ]
 
 
-def ask(path: str, fields: dict[str, Any]) -> tuple[Client, Turns]:
+def ask(path: str, fields: dict[str, Any], turns: Turns) -> Client:
     """Put a request for ``NUM_ANSWERS`` answers, and generate them."""
 
-    async def main() -> tuple[Client, Turns]:
+    async def main() -> Client:
         backend = ScriptedBackend()
         app = application(backend)
-        turns = Turns()
         body = {"model": "tiny", "n": NUM_ANSWERS, "max_tokens": NUM_TOKENS, **fields}
         client = Client(json.dumps(body).encode(), turns)
         scope = {"type": "http", "method": "POST", "path": path, "headers": []}
@@ -161,7 +164,7 @@ def ask(path: str, fields: dict[str, Any]) -> tuple[Client, Turns]:
                 await asyncio.sleep(0)
         await request
         watch.cancel()
-        return client, turns
+        return client
 
     return asyncio.run(asyncio.wait_for(main(), WAIT_S))
 
@@ -178,10 +181,14 @@ TEXT_REQUEST = {"prompt": "a", "logprobs": NUM_CANDIDATES}
     ("path", "fields"),
     [("/v1/chat/completions", CHAT_REQUEST), ("/v1/completions", TEXT_REQUEST)],
 )
-def test_a_long_whole_answer_leaves_others_their_turn(path: str, fields: dict[str, Any]) -> None:
-    client, turns = ask(path, fields)
-    # Made at the end, most of it would be the work of one turn.
-    assert max(turns.calls) < sum(turns.calls) / 16
+def test_a_long_whole_answer_leaves_others_their_turn(
+    path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = Turns(monkeypatch)
+    client = ask(path, fields, turns)
+    # Made at the end, all of it would be the work of one turn.
+    assert sum(turns.written) == NUM_ANSWERS * NUM_TOKENS
+    assert max(turns.written) < NUM_ANSWERS * NUM_TOKENS / 16
     assert client.start["status"] == 200
     body = b"".join(client.pieces)
     assert dict(client.start["headers"])[b"content-length"] == str(len(body)).encode()

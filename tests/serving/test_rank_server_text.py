@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -48,7 +48,6 @@ def pieces(tokenizer: Any, token_ids: list[int], prompt: tuple[int, ...] = ()) -
     return [*(detokenizer.add(token_id) for token_id in token_ids), detokenizer.finish()]
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_pieces_make_up_the_text_and_hold_no_half_characters(text: str) -> None:
     parts = pieces(BYTE_LEVEL, BYTE_LEVEL(text)["input_ids"])
@@ -57,21 +56,18 @@ def test_pieces_make_up_the_text_and_hold_no_half_characters(text: str) -> None:
         assert not any("\ufffd" in part for part in parts)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, BYTE_LEVEL.vocab_size - 1), max_size=120))
 def test_any_tokens_come_out_as_the_tokenizer_has_them(token_ids: list[int]) -> None:
     expected = BYTE_LEVEL.decode(token_ids, skip_special_tokens=True)
     assert "".join(pieces(BYTE_LEVEL, token_ids)) == expected
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(3, 258), min_size=60, max_size=150))
 def test_long_runs_of_single_bytes_come_out_as_the_tokenizer_has_them(token_ids: list[int]) -> None:
     expected = BYTE_LEVEL.decode(token_ids, skip_special_tokens=True)
     assert "".join(pieces(BYTE_LEVEL, token_ids)) == expected
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(2, 7) | st.sampled_from("\u4f60\u597d\U0001f642"), max_size=30))
 def test_bytes_that_stand_in_for_characters_are_put_together(parts: list[int | str]) -> None:
     token_ids: list[int] = []
@@ -103,7 +99,6 @@ def test_special_tokens_are_no_text() -> None:
     assert "".join(pieces(BYTE_LEVEL, [token_id, END])) == "x"
 
 
-@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_the_bytes_of_single_tokens_make_up_the_text(text: str) -> None:
     texts = TokenTexts(BYTE_LEVEL)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -42,7 +42,6 @@ COMPOSING = byte_level(
 
 
 @pytest.mark.parametrize("tokenizer", [PLAIN, COMPOSING])
-@settings(deadline=None)
 @given(text=st.text() | st.text("\u0390\u1f82\u0301\u0345 ", max_size=400))
 def test_no_token_stands_for_more_characters(tokenizer: Any, text: str) -> None:
     limit = max_token_chars(tokenizer)

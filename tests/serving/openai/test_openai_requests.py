@@ -238,7 +238,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.sampled_from(FIELDS), VALUES)
 def test_any_value_is_either_taken_or_an_api_error(field: tuple[Any, str], value: Any) -> None:
     kind, name = field

@@ -7,7 +7,7 @@ import json
 import traceback
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ready_balancer import with_balancer
 
@@ -25,7 +25,6 @@ costs = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(costs, st.integers(0, 20)), max_size=40), st.integers(1, 4))
 def test_places_are_given_in_order_within_the_window_and_all_come_back(
     asked: list[tuple[Cost, int]], num_ranks: int
@@ -173,7 +172,6 @@ def test_clients_that_leave_at_the_deadline_leave_no_place_taken() -> None:
     with_balancer(1, body)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=200), st.integers(1, 5), st.none() | st.integers(1, 50))
 def test_costs(text: str, n: int, max_tokens: int | None) -> None:
     common = {"model": "m", "n": n, "max_tokens": max_tokens}
@@ -188,7 +186,6 @@ def test_costs(text: str, n: int, max_tokens: int | None) -> None:
     assert n * len(text) / 4 <= cost.prompt_tokens <= n * (len(text) / 4 + 5)
 
 
-@settings(deadline=None)
 @given(st.lists(st.none() | st.floats(0, 100), max_size=30))
 def test_restarts_are_spaced_out_only_for_ranks_that_fail(ready: list[float | None]) -> None:
     policy = RestartPolicy()

@@ -65,7 +65,7 @@ class Crowd:
         return [number for number in range(len(self.widths)) if number not in done]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     steps=st.lists(st.tuples(st.integers(1, 8), st.integers(0, 50)), min_size=1, max_size=60),
     num_ranks=st.integers(1, 3),
