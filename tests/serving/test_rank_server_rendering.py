@@ -71,9 +71,11 @@ class ScriptedBackend(Backend):
 class Turns:
     """Tokens whose log-probabilities each turn of the event loop writes."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.written: list[int] = []
         self._num_written = 0
+
+    def count(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for kind in (ChatLogprobsJson, CompletionLogprobsJson):
             monkeypatch.setattr(kind, "add", self._counted(kind.add))
 
@@ -184,7 +186,8 @@ TEXT_REQUEST = {"prompt": "a", "logprobs": NUM_CANDIDATES}
 def test_a_long_whole_answer_leaves_others_their_turn(
     path: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turns = Turns(monkeypatch)
+    turns = Turns()
+    turns.count(monkeypatch)
     client = ask(path, fields, turns)
     # Made at the end, all of it would be the work of one turn.
     assert sum(turns.written) == NUM_ANSWERS * NUM_TOKENS
