@@ -90,9 +90,9 @@ class RankPlace:
             DWDP_WORLD_SIZE: str(self.size),
             DWDP_RENDEZVOUS: self.rendezvous,
             DWDP_STORE_IS_SERVED: str(int(self.is_served)),
-            DWDP_STORE_TOKEN: self.token,
             DWDP_ATTEMPT: str(self.attempt),
             DWDP_INCARNATION: str(self.incarnation),
+            **({DWDP_STORE_TOKEN: self.token} if self.token else {}),
         }
 
     def __str__(self) -> str:
