@@ -17,13 +17,13 @@ import socket
 import socketserver
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from dwdp.launch import UNIX_SCHEME
 from dwdp.process_identity import is_own_user
 
 _ANSWER_S = 60.0
-_STOP_POLL_S = 0.05
 _OPERATIONS = frozenset({"set", "get", "check", "add", "compare_set"})
 
 
@@ -85,7 +85,7 @@ class LocalStoreServer(LocalStore):
         self._server = _Server(self)
         self._thread = threading.Thread(
             target=self._server.serve_forever,
-            args=(_STOP_POLL_S,),
+            args=(None,),  # nothing to look for every now and then: ``close`` wakes it
             name="dwdp-store",
             daemon=True,
         )
@@ -98,6 +98,8 @@ class LocalStoreServer(LocalStore):
 
     def close(self) -> None:
         """Serve no more, and end every connection. Idempotent."""
+        with suppress(OSError):  # closed before
+            self._server.socket.shutdown(socket.SHUT_RDWR)
         self._server.shutdown()
         self._server.server_close()
         self._server.close_connections()
@@ -215,10 +217,8 @@ class _Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
     def close_connections(self) -> None:
         for connection in list(self._connections):
-            try:
+            with suppress(OSError):  # its thread has just closed it
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # its thread has just closed it
 
 
 class _Handler(socketserver.StreamRequestHandler):

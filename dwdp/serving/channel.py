@@ -7,16 +7,14 @@ and goes on with the other ranks.
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
-import struct
 from collections.abc import Iterator
 
+from dwdp.process_identity import is_own_user
 from dwdp.serving.messages import Message, decode, encode
 
 _READ_BYTES = 1 << 16
-_PEER_CREDENTIALS = struct.Struct("3i")
 
 
 class Channel:
@@ -77,14 +75,6 @@ class Channel:
     def close(self) -> None:
         self.is_open = False
         self._socket.close()
-
-
-def is_own_user(connection: socket.socket) -> bool:
-    credentials = connection.getsockopt(
-        socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size
-    )
-    _, user, _ = _PEER_CREDENTIALS.unpack(credentials)
-    return bool(user == os.geteuid())
 
 
 class RankChannel:

@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 
-from dwdp.serving.channel import is_own_user
+from dwdp.process_identity import is_own_user
 from dwdp.serving.openai.errors import unavailable
 from dwdp.serving.rank_server.engine import RETRY_AFTER_S, Engine
 

@@ -11,7 +11,7 @@ import aiohttp
 from aiohttp.client_exceptions import UnixClientConnectorError
 from aiohttp.client_proto import ResponseHandler
 
-from dwdp.serving.channel import is_own_user
+from dwdp.process_identity import is_own_user
 from dwdp.serving.supervisor.interface import RankEndpoint
 
 _READ_BUFFER_BYTES = 1 << 16
