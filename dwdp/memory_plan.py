@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,17 +104,18 @@ def plan_memory(
 
 def _can_store_less(sizes: Collection[ExpertTensorSize], config: DwdpConfig) -> bool:
     """Whether every expert would still be stored if each rank stored one fewer of each layer."""
-    stored, size = config.num_experts_per_worker, config.dwdp_size
-    if stored is None:
+    if config.num_experts_per_worker is None:
         return False
-    for num_experts in {tensor.num_experts for tensor in sizes}:
-        needed = -(-num_experts // size)
-        if config.num_prefetch_experts is not None:
-            stride = config.num_prefetch_experts
-            needed = max(stride, num_experts - (size - 1) * stride)
-        if stored <= needed:
-            return False
-    return True
+    with suppress(ValueError):
+        for num_experts in {tensor.num_experts for tensor in sizes}:
+            build_placement(
+                num_experts,
+                config.dwdp_size,
+                num_experts_per_worker=config.num_experts_per_worker - 1,
+                num_prefetch_experts=config.num_prefetch_experts,
+            )
+        return True
+    return False
 
 
 def _can_have_fewer_slots(num_layers: int, config: DwdpConfig) -> bool:

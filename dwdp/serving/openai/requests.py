@@ -38,19 +38,9 @@ _Prompts = Annotated[list[str], Field(max_length=MAX_PROMPTS), StopAtFirstError(
 _TokenizedPrompts = Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS), StopAtFirstError()]
 Prompt = str | TokenIds | _Prompts | _TokenizedPrompts
 
-ModelName = Annotated[str, Field(min_length=1, max_length=1024)]
-MaxTokens = Annotated[int, Field(ge=1)] | None
+_MaxTokens = Annotated[int, Field(ge=1)] | None
 _Zero = Annotated[float, Field(ge=0, le=0)]
 _Nothing = Annotated[list[Any], Field(max_length=0)] | None
-
-
-def split_prompt(prompt: Prompt) -> tuple[str | list[int], ...]:
-    """The prompts in ``prompt``, one by one."""
-    if isinstance(prompt, str):
-        return (prompt,)
-    if prompt and isinstance(prompt[0], int):
-        return (prompt,)
-    return tuple(prompt)  # type: ignore[arg-type]
 
 
 class StreamOptions(BaseModel):
@@ -67,11 +57,11 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    model: ModelName
+    model: str = Field(min_length=1, max_length=1024)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    max_tokens: MaxTokens = None
+    max_tokens: _MaxTokens = None
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS), StopAtFirstError()] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
@@ -145,7 +135,12 @@ class CompletionRequest(GenerationRequest):
     @property
     def prompts(self) -> tuple[str | list[int], ...]:
         """The prompts, one by one."""
-        return split_prompt(self.prompt)
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return (prompt,)
+        if prompt and isinstance(prompt[0], int):
+            return (prompt,)
+        return tuple(prompt)  # type: ignore[arg-type]
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -200,7 +195,7 @@ class ChatCompletionRequest(GenerationRequest):
     messages: Annotated[
         list[Message], Field(min_length=1, max_length=MAX_MESSAGES), StopAtFirstError()
     ]
-    max_completion_tokens: MaxTokens = None
+    max_completion_tokens: _MaxTokens = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
