@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
-from dwdp.serving.openai.errors import ApiError, overloaded, too_large
+from dwdp.serving.openai.errors import ApiError, too_large
+from dwdp.serving.router.room import ByteRoom, RoomShare
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 """ASGI's receive."""
-
-_RETRY_S = 1.0
 
 
 class ClientGone(Exception):
@@ -30,9 +29,8 @@ class BodyReader:
 
     def __init__(self, max_body_bytes: int, max_buffered_bytes: int, timeout_s: float) -> None:
         self._max_body_bytes = max_body_bytes
-        self._max_buffered_bytes = max_buffered_bytes
+        self._room = ByteRoom(max_buffered_bytes, "The bodies of running requests take all room")
         self._timeout_s = timeout_s
-        self.buffered_bytes = 0
         self._ended: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
 
     def end(self, reason: ApiError) -> None:
@@ -49,9 +47,9 @@ class BodyReader:
                 :meth:`end`.
             ClientGone: the client closed the connection.
         """
-        held = 0
+        share = RoomShare(self._room)
         body = bytearray()
-        try:
+        with closing(share):
             length = headers.get(b"content-length", b"")
             if length.isdigit() and int(length) > self._max_body_bytes:
                 raise too_large(self._max_body_bytes)
@@ -60,17 +58,12 @@ class BodyReader:
             while not is_complete:
                 data, is_complete = await self._next(receive, deadline_s)
                 body += data
-                held += len(data)
-                self.buffered_bytes += len(data)
-                if held > self._max_body_bytes:
+                if len(body) > self._max_body_bytes:
                     raise too_large(self._max_body_bytes)
-                if self.buffered_bytes > self._max_buffered_bytes:
-                    raise overloaded("The bodies of running requests take all room", _RETRY_S)
+                share.take(len(data))
             whole = bytes(body)
             body.clear()  # one copy is enough
             yield whole
-        finally:
-            self.buffered_bytes -= held
 
     async def _next(self, receive: Receive, deadline_s: float) -> tuple[bytes, bool]:
         receiving = asyncio.ensure_future(receive())

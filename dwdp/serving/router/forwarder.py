@@ -13,12 +13,13 @@ import aiohttp
 
 from dwdp.serving.openai.errors import unavailable
 from dwdp.serving.openai.streaming import error_event
-from dwdp.serving.router.answers import Answer, AnswerRoom
+from dwdp.serving.router.answers import Answer
 from dwdp.serving.router.balancer import Balancer
 from dwdp.serving.router.cost import Cost
 from dwdp.serving.router.lease import Deadline, Lease
 from dwdp.serving.router.metrics import RouterMetrics
 from dwdp.serving.router.refusals import REFUSAL_STATUSES, RankRefused, Refusals, has_failed
+from dwdp.serving.router.room import ByteRoom
 from dwdp.serving.supervisor.link import LINK_ERRORS
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Forwarder:
         self._balancer = balancer
         self._metrics = metrics
         self._max_attempts = max_attempts
-        self._room = AnswerRoom(max_answer_bytes)
+        self._room = ByteRoom(max_answer_bytes, "Answers that are being sent take all room")
 
     async def answer(self, job: Job, send: Send) -> int:
         """Have ``job`` done and send the answer to the client; returns the status sent.
@@ -213,7 +214,7 @@ class Forwarder:
         await send({"type": "http.response.body", "body": event})
 
 
-async def _open(lease: Lease, job: Job, room: AnswerRoom) -> Answer:
+async def _open(lease: Lease, job: Job, room: ByteRoom) -> Answer:
     """Put ``job`` to the rank, and wait for the first bytes of an answer.
 
     Raises:
