@@ -40,7 +40,6 @@ _BAD_INPUT_ERRNOS = frozenset(
 )
 
 _EXTRAS = {
-    "aiohttp": "serve",
     "httptools": "serve",
     "prometheus_client": "serve",
     "matplotlib": "plot",
@@ -49,6 +48,7 @@ _EXTRAS = {
     "tokenizers": "transformers",
     "transformers": "transformers",
     "uvicorn": "serve",
+    "uvloop": "serve",
 }
 """Which extra of the package brings a module that only some commands need."""
 

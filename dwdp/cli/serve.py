@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
 import os
@@ -26,7 +25,7 @@ from dwdp.cli.options import (
     threads_option,
 )
 from dwdp.serving.rank_server.options import RankOptions
-from dwdp.serving.router.service import Service
+from dwdp.serving.router.service import Service, run_service
 from dwdp.serving.router.settings import RouterSettings
 from dwdp.serving.supervisor.checkpoint import check_servable
 from dwdp.serving.supervisor.life import Watch
@@ -128,16 +127,16 @@ def serve(model_dir: Path, **values: Any) -> int:
         drain_timeout_s=options.drain_grace_s + _DRAIN_MARGIN_S,
     )
     gc.freeze()  # what is imported stays; a collection that went through it would hold up all streams
-    return asyncio.run(_serve(launcher, settings, watch, values))
+    return run_service(lambda: _new_service(launcher, settings, watch, values))
 
 
-async def _serve(
+def _new_service(
     launcher: TransformersRanks,
     settings: RouterSettings,
     watch: Watch,
     values: Mapping[str, Any],
-) -> int:
-    service = Service(
+) -> Service:
+    return Service(
         launcher,
         launcher.model_name,
         settings,
@@ -147,7 +146,6 @@ async def _serve(
         watch=watch,
         announce=_announce,
     )
-    return await service.run()
 
 
 def _announce(url: str, num_ranks: int) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import psutil
 import pytest
 
@@ -25,6 +24,7 @@ from dwdp.serving.router.metrics import RouterMetrics
 from dwdp.serving.router.rank_limits import RankLimits
 from dwdp.serving.router.snapshot import snapshot
 from dwdp.serving.supervisor import link as rank_link
+from dwdp.serving.supervisor.connection import RankUnreachable
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
 from dwdp.serving.supervisor.life import LifeEnd, RankLife, Watch
 from dwdp.serving.supervisor.link import RankLink
@@ -331,10 +331,10 @@ def test_nothing_is_sent_to_another_users_process(monkeypatch: pytest.MonkeyPatc
     async def ask() -> None:
         link = RankLink(endpoint)
         try:
-            with pytest.raises(aiohttp.ClientConnectorError, match="another user"):
+            with pytest.raises(RankUnreachable, match="another user"):
                 await link.is_healthy("/health/ready", 5.0)
-            with pytest.raises(aiohttp.ClientConnectorError, match="another user"):
-                await link.post("/v1/completions", b"{}", {})
+            with pytest.raises(RankUnreachable, match="another user"):
+                await link.post("/v1/completions", b"{}", {}).begin()
         finally:
             await link.close()
 

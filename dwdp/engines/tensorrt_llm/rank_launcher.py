@@ -6,7 +6,6 @@ launcher in its environment.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import os
@@ -26,7 +25,7 @@ from dwdp.rendezvous import GroupError, prefixed, report_failure, report_loss
 from dwdp.serving.dispatcher import BadInput, SetupFailed
 from dwdp.serving.environment import rank_environment
 from dwdp.serving.rank_exit import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_PEER_FAILED
-from dwdp.serving.router.service import Service
+from dwdp.serving.router.service import Service, run_service
 from dwdp.serving.router.settings import RouterSettings
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
 from dwdp.serving.supervisor.life import Watch
@@ -113,9 +112,8 @@ def serve_group(config: DwdpConfig, llm_args: Mapping[str, Any], *, host: str, p
             )
         devices = group_devices(config.dwdp_size, _device_count(), os.environ)
         ranks = TrtllmRanks(config, _own_command(), devices)
-        return asyncio.run(
-            _serve(ranks, served_name(str(llm_args["model"])), config, host=host, port=port)
-        )
+        model = served_name(str(llm_args["model"]))
+        return run_service(lambda: _new_service(ranks, model, config, host=host, port=port))
     except (ValueError, BadInput) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -124,10 +122,10 @@ def serve_group(config: DwdpConfig, llm_args: Mapping[str, Any], *, host: str, p
         return EXIT_FAILED
 
 
-async def _serve(
+def _new_service(
     ranks: TrtllmRanks, model: str, config: DwdpConfig, *, host: str, port: int
-) -> int:
-    service = Service(
+) -> Service:
+    return Service(
         ranks,
         model,
         RouterSettings(),
@@ -138,7 +136,6 @@ async def _serve(
         watch=Watch(start_timeout_s=config.setup_timeout_s + _LOADING_S),
         announce=_announce,
     )
-    return await service.run()
 
 
 def _announce(url: str, num_ranks: int) -> None:

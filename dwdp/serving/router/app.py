@@ -9,6 +9,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing, suppress
 from functools import partial
 from typing import Any
 
@@ -39,10 +40,12 @@ from dwdp.serving.router.cost import (
     estimate_cost,
 )
 from dwdp.serving.router.forwarder import Forwarder, Job, Send
+from dwdp.serving.router.interruption import Interruption
 from dwdp.serving.router.keys import ApiKeys
 from dwdp.serving.router.lease import Deadline
 from dwdp.serving.router.metrics import CONTENT_TYPE, RouterMetrics
 from dwdp.serving.router.openapi import openapi_document
+from dwdp.serving.router.outlet import Outlet
 from dwdp.serving.router.rank_limits import widest_limits
 from dwdp.serving.router.settings import RouterSettings
 from dwdp.serving.router.snapshot import SnapshotFeed, health, snapshot
@@ -111,6 +114,10 @@ class Router:
         )
         self._num_watchers = 0
         self._ended = asyncio.Event()
+        self._generators = {
+            _COMPLETIONS: _Endpoint(partial(self.generate, partial(parse, completion))),
+            _CHAT_COMPLETIONS: _Endpoint(partial(self.generate, partial(parse, chat))),
+        }
         self._app = Starlette(
             routes=[
                 Route("/", self._page),
@@ -122,15 +129,9 @@ class Router:
                 Route("/openapi.json", self._document),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{model:path}", self._one_model),
-                Route(
-                    _COMPLETIONS,
-                    _Endpoint(partial(self.generate, partial(parse, completion))),
-                    methods=["POST"],
-                ),
-                Route(
-                    _CHAT_COMPLETIONS,
-                    _Endpoint(partial(self.generate, partial(parse, chat))),
-                    methods=["POST"],
+                *(
+                    Route(path, endpoint, methods=["POST"])
+                    for path, endpoint in self._generators.items()
                 ),
             ],
             exception_handlers={
@@ -146,13 +147,18 @@ class Router:
         try:
             if path not in _OPEN_PATHS:
                 self._keys.check(_headers(scope).get(b"authorization"))
-            await self._app(scope, receive, send)  # type: ignore[arg-type]
+            if scope["method"] == "POST" and path in self._generators:
+                await self._generators[path](scope, receive, send)  # the rest is layers around it
+            else:
+                await self._app(scope, receive, send)  # type: ignore[arg-type]
         except ApiError as error:
             if path in (_COMPLETIONS, _CHAT_COMPLETIONS):
                 self._count(path, error.status, arrived_s)
             await send_error(error, send)
         except Exception:
             log.exception("a request to %s failed", path)
+            with suppress(RuntimeError):  # an answer has begun already
+                await send_error(internal(), send)
 
     @property
     def is_ready(self) -> bool:
@@ -186,7 +192,8 @@ class Router:
         deadline = Deadline.after(settings.request_timeout_s)
         try:
             headers = _headers(scope)
-            async with self._bodies.read(headers, receive) as body:
+            with closing(self._bodies.new_share()) as share:
+                body = await self._bodies.read(headers, receive, share)
                 job = Job(
                     path=path,
                     body=body,
@@ -195,7 +202,7 @@ class Router:
                     deadline=deadline,
                     arrived_s=arrived_s,
                 )
-                work = asyncio.ensure_future(self._forwarder.answer(job, send))
+                work = self._forwarder.answer(job, send, Outlet.of(scope))
                 status = await _unless_gone(
                     work, receive, deadline.left_s + settings.write_timeout_s
                 )
@@ -341,24 +348,22 @@ class _TooSlow(Exception):
     """A client reads its answer, but will not have done so in time."""
 
 
-async def _unless_gone(work: asyncio.Task[int], receive: Receive, timeout_s: float) -> int:
+async def _unless_gone(work: Awaitable[int], receive: Receive, timeout_s: float) -> int:
     """The result of ``work``, which is cancelled when the client goes away or ``timeout_s`` are over.
 
     Raises:
         ClientGone: it has.
         _TooSlow: they are.
     """
-    gone = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({work, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ClientGone if gone.done() else _TooSlow
-        return work.result()
-    finally:
-        gone.cancel()
-        if not work.done():
-            work.cancel()
-            await asyncio.wait({work})
+    with Interruption() as waiting:
+        gone = asyncio.ensure_future(_disconnected(receive))
+        gone.add_done_callback(lambda _: waiting.interrupt(ClientGone()))
+        timer = asyncio.get_running_loop().call_later(timeout_s, waiting.interrupt, _TooSlow())
+        try:
+            return await work
+        finally:
+            timer.cancel()
+            gone.cancel()
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, closing
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from dwdp.serving.openai.errors import ApiError, too_large
+from dwdp.serving.router.interruption import Interruption
 from dwdp.serving.router.room import ByteRoom, RoomShare
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -19,7 +19,7 @@ class ClientGone(Exception):
 
 
 class BodyReader:
-    """Holds bodies within limits.
+    """Reads bodies within limits.
 
     Args:
         max_body_bytes: of one request.
@@ -31,61 +31,57 @@ class BodyReader:
         self._max_body_bytes = max_body_bytes
         self._room = ByteRoom(max_buffered_bytes, "The bodies of running requests take all room")
         self._timeout_s = timeout_s
-        self._ended: asyncio.Future[ApiError] = asyncio.get_running_loop().create_future()
+        self._reading: set[Interruption] = set()
+        self._end_reason: ApiError | None = None
+
+    def new_share(self) -> RoomShare:
+        """What a request's body will take of the room; to be closed when the request is answered."""
+        return RoomShare(self._room)
 
     def end(self, reason: ApiError) -> None:
         """Wait for no body any more. The first reason stays."""
-        if not self._ended.done():
-            self._ended.set_result(reason)
+        if self._end_reason is None:
+            self._end_reason = reason
+        for reading in self._reading:
+            reading.interrupt(self._end_reason)
 
-    @asynccontextmanager
-    async def read(self, headers: dict[bytes, bytes], receive: Receive) -> AsyncIterator[bytes]:
-        """The body; its room is given back at the end of the block.
+    async def read(self, headers: dict[bytes, bytes], receive: Receive, share: RoomShare) -> bytes:
+        """The body, counted in ``share``.
 
         Raises:
             ApiError: 413 too long, 408 too slow, 429 no room for another one, or the reason given to
                 :meth:`end`.
             ClientGone: the client closed the connection.
         """
-        share = RoomShare(self._room)
-        body = bytearray()
-        with closing(share):
-            length = headers.get(b"content-length", b"")
-            if length.isdigit() and int(length) > self._max_body_bytes:
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            raise too_large(self._max_body_bytes)
+        if self._end_reason is not None:
+            raise self._end_reason.with_traceback(None)
+        with Interruption() as reading:
+            timer = asyncio.get_running_loop().call_later(self._timeout_s, self._give_up, reading)
+            self._reading.add(reading)
+            try:
+                return await self._pieces(receive, share)
+            finally:
+                self._reading.discard(reading)
+                timer.cancel()
+
+    async def _pieces(self, receive: Receive, share: RoomShare) -> bytes:
+        pieces = []
+        has_more = True
+        while has_more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            piece = message.get("body", b"")
+            if share.held_bytes + len(piece) > self._max_body_bytes:
                 raise too_large(self._max_body_bytes)
-            deadline_s = asyncio.get_running_loop().time() + self._timeout_s
-            is_complete = False
-            while not is_complete:
-                data, is_complete = await self._next(receive, deadline_s)
-                body += data
-                if len(body) > self._max_body_bytes:
-                    raise too_large(self._max_body_bytes)
-                share.take(len(data))
-            whole = bytes(body)
-            body.clear()  # one copy is enough
-            yield whole
+            share.take(len(piece))
+            pieces.append(piece)
+            has_more = message.get("more_body", False)
+        return b"".join(pieces)
 
-    async def _next(self, receive: Receive, deadline_s: float) -> tuple[bytes, bool]:
-        receiving = asyncio.ensure_future(receive())
-        either: set[asyncio.Future[Any]] = {receiving, self._ended}
-        left_s = max(0.0, deadline_s - asyncio.get_running_loop().time())
-        try:
-            await asyncio.wait(either, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            receiving.cancel()
-        if not receiving.done():
-            raise self._late()
-        message = receiving.result()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        return message.get("body", b""), not message.get("more_body", False)
-
-    def _late(self) -> ApiError:
-        """Why a body is not waited for any longer."""
-        if self._ended.done():
-            return self._ended.result().with_traceback(None)
-        return ApiError(
-            408,
-            f"The request's body did not arrive within {self._timeout_s:g} s",
-            code="body_timeout",
-        )
+    def _give_up(self, reading: Interruption) -> None:
+        message = f"The request's body did not arrive within {self._timeout_s:g} s"
+        reading.interrupt(ApiError(408, message, code="body_timeout"))

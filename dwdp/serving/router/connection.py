@@ -23,11 +23,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from dwdp.serving.openai.errors import ApiError, invalid
+from dwdp.serving.router.outlet import EXTENSION, Outlet
 
 _OVERFLOW = 64
 """Connections above the limit that are still told so; beyond these they are closed without a word."""
@@ -152,6 +153,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self._phase = _Phase.BODY
         self.cycle.transport = _AnswerTransport(self)
+        self.scope["extensions"] = cast(Any, {EXTENSION: Outlet(self.cycle)})
         if self.expect_100_continue:
             # One that is answered without being asked for its body may send it, or the next request.
             self.cycle.keep_alive = False

@@ -9,17 +9,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 
-import aiohttp
-
-from dwdp.serving.openai.errors import unavailable
+from dwdp.serving.openai.errors import ApiError, unavailable
 from dwdp.serving.openai.streaming import error_event
 from dwdp.serving.router.answers import Answer
 from dwdp.serving.router.balancer import Balancer
 from dwdp.serving.router.cost import Cost
 from dwdp.serving.router.lease import Deadline, Lease
 from dwdp.serving.router.metrics import RouterMetrics
+from dwdp.serving.router.outlet import Outlet
 from dwdp.serving.router.refusals import REFUSAL_STATUSES, RankRefused, Refusals, has_failed
 from dwdp.serving.router.room import ByteRoom
+from dwdp.serving.supervisor.connection import RankUnreachable
 from dwdp.serving.supervisor.link import LINK_ERRORS
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _LEAST_TIMEOUT_S = 0.001
 _PIECE_BYTES = 1 << 16
 """What is sent at a time of a whole answer; the client has to read before there is more."""
 
-_RETURNED_HEADERS = ("content-type", "retry-after", "x-request-id")
+_RETURNED_HEADERS = (b"content-type", b"retry-after", b"x-request-id")
 _LOST = "rank_lost"
 
 Send = Callable[[dict[str, object]], Awaitable[None]]
@@ -88,7 +88,7 @@ class Forwarder:
         self._max_attempts = max_attempts
         self._room = ByteRoom(max_answer_bytes, "Answers that are being sent take all room")
 
-    async def answer(self, job: Job, send: Send) -> int:
+    async def answer(self, job: Job, send: Send, outlet: Outlet) -> int:
         """Have ``job`` done and send the answer to the client; returns the status sent.
 
         A rank that dies before the first token counts as an attempt; one that refuses the request does not,
@@ -116,7 +116,7 @@ class Forwarder:
                 answer = await self._first_bytes(lease, job)
                 with closing(answer):
                     self._metrics.first_byte_s.observe(time.monotonic() - job.arrived_s)
-                    return await self._pass_on(answer, lease, send)
+                    return await self._pass_on(answer, lease, send, outlet)
             except RankRefused as refusal:
                 self._balancer.pause(lease)
                 refusals.add(lease.rank.rank, refusal)
@@ -139,7 +139,7 @@ class Forwarder:
         )
 
     async def _first_bytes(self, lease: Lease, job: Job) -> Answer:
-        """Wait for the whole answer, or for a stream's first event.
+        """Put ``job`` to the rank; wait for the whole answer, or for a stream's first event.
 
         Raises:
             RankRefused: the rank did not begin.
@@ -147,28 +147,25 @@ class Forwarder:
             ApiError: the request was cut off for a reason of the router's own, or there is no room for
                 the answer.
         """
-        attempt = asyncio.ensure_future(_open(lease, job, self._room))
-        lease.on_cut(attempt.cancel)
+        left_s = max(job.deadline.left_s, _LEAST_TIMEOUT_S)
+        headers = {**job.headers, "X-DWDP-Timeout-S": f"{left_s:.3f}"}
+        answer = Answer(lease.link.post(job.path, job.body, headers), self._room)
+        lease.on_cut(answer.close)
         try:
-            await asyncio.wait({attempt})
-        except asyncio.CancelledError:
-            attempt.cancel()
-            attempt.add_done_callback(_discard)
+            await answer.begin()
+            _check(answer)
+        except BaseException as error:
+            answer.close()
+            if isinstance(error, LINK_ERRORS):
+                raise _reason_of_loss(lease, error) from None
             raise
-        if attempt.cancelled():
-            if lease.cut_reason is None or lease.cut_reason.code == _LOST:
-                raise _RankLost("did not answer")
-            raise lease.cut_reason.with_traceback(None)
-        answer = attempt.result()
         lease.note_first_token()
         return answer
 
-    async def _pass_on(self, answer: Answer, lease: Lease, send: Send) -> int:
+    async def _pass_on(self, answer: Answer, lease: Lease, send: Send, outlet: Outlet) -> int:
         response = answer.response
         headers = [
-            (name.encode(), response.headers[name].encode("utf-8", "surrogateescape"))
-            for name in _RETURNED_HEADERS
-            if name in response.headers
+            (name, response.headers[name]) for name in _RETURNED_HEADERS if name in response.headers
         ]
         if answer.is_stream:
             headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
@@ -178,28 +175,28 @@ class Forwarder:
         start = {"type": "http.response.start", "status": response.status, "headers": headers}
         await send(start)
         if answer.is_stream:
-            await self._pass_on_stream(answer, lease, send)
+            await self._pass_on_stream(answer, lease, send, outlet)
         else:
             await _send_whole(answer.data, send)
         return response.status
 
-    async def _pass_on_stream(self, answer: Answer, lease: Lease, send: Send) -> None:
-        """The rest of a stream. Memory is bounded: what the client does not read is not read here."""
+    async def _pass_on_stream(
+        self, answer: Answer, lease: Lease, send: Send, outlet: Outlet
+    ) -> None:
+        """The body of a stream. Memory is bounded: what the client does not read is not read here."""
 
         def end_on_rank() -> None:
             answer.close()
             lease.release()  # the client may be slow to read the rest
 
-        content, data = answer.response.content, answer.data
         lease.on_cut(end_on_rank)
-        while data:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-            try:
-                data = await content.readany()
-            except LINK_ERRORS as error:
-                await self._end_cut_stream(lease, error, send)
-                return
-        await send({"type": "http.response.body", "body": b""})
+        await send({"type": "http.response.body", "body": answer.data, "more_body": True})
+        try:
+            await answer.response.pipe(outlet.write, outlet.drain)
+        except LINK_ERRORS as error:
+            await self._end_cut_stream(lease, error, send)
+        else:
+            await send({"type": "http.response.body", "body": b""})
 
     async def _end_cut_stream(self, lease: Lease, error: Exception, send: Send) -> None:
         self._metrics.cut_streams.inc()
@@ -214,32 +211,15 @@ class Forwarder:
         await send({"type": "http.response.body", "body": event})
 
 
-async def _open(lease: Lease, job: Job, room: ByteRoom) -> Answer:
-    """Put ``job`` to the rank, and wait for the first bytes of an answer.
-
-    Raises:
-        RankRefused, _RankLost, ApiError: see :meth:`Forwarder._first_bytes`.
-    """
-    left_s = max(job.deadline.left_s, _LEAST_TIMEOUT_S)
-    try:
-        response = await lease.link.post(
-            job.path, job.body, {**job.headers, "X-DWDP-Timeout-S": f"{left_s:.3f}"}
-        )
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-        raise _RankLost("cannot be reached", was_given=False) from error
-    except LINK_ERRORS as error:
-        raise _RankLost(f"was lost ({type(error).__name__})") from error
-    answer = Answer(response, room)
-    try:
-        await answer.begin()
-        _check(answer)
-    except LINK_ERRORS as error:
-        answer.close()
-        raise _RankLost(f"was lost ({type(error).__name__})") from error
-    except BaseException:
-        answer.close()
-        raise
-    return answer
+def _reason_of_loss(lease: Lease, error: Exception) -> ApiError | _RankLost:
+    """Why there is no answer: the request was cut off here, or the rank is gone."""
+    if lease.cut_reason is not None:
+        if lease.cut_reason.code == _LOST:
+            return _RankLost("did not answer")
+        return lease.cut_reason.with_traceback(None)
+    if isinstance(error, RankUnreachable):
+        return _RankLost("cannot be reached", was_given=False)
+    return _RankLost(f"was lost ({type(error).__name__})")
 
 
 def _check(answer: Answer) -> None:
@@ -251,7 +231,8 @@ def _check(answer: Answer) -> None:
     elif has_failed(status, answer.data):
         raise _RankLost("failed")
     elif status in REFUSAL_STATUSES:
-        raise RankRefused(status, answer.response.headers.get("Retry-After"))
+        retry_after = answer.response.headers.get(b"retry-after")
+        raise RankRefused(status, retry_after.decode("latin-1") if retry_after else None)
 
 
 async def _send_whole(data: bytes, send: Send) -> None:
@@ -261,9 +242,3 @@ async def _send_whole(data: bytes, send: Send) -> None:
         await send({"type": "http.response.body", "body": rest[:_PIECE_BYTES], "more_body": True})
         rest = rest[_PIECE_BYTES:]
     await send({"type": "http.response.body", "body": rest})
-
-
-def _discard(attempt: asyncio.Task[Answer]) -> None:
-    """Close what came for a client that has left."""
-    if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().close()

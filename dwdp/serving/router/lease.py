@@ -102,6 +102,7 @@ class Lease:
         """Give the place back. Idempotent."""
         if self in self.load.leases:
             self.load.leases.discard(self)
+            self._cut = None
             self.load.num_sequences -= self._cost.num_sequences
             self.load.outstanding_tokens -= self._prompt_tokens + self._cost.new_tokens
             self._on_release(self)

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import socket
+from collections.abc import Mapping
 from typing import Any
-
-import aiohttp
-from aiohttp.client_exceptions import UnixClientConnectorError
-from aiohttp.client_proto import ResponseHandler
+from urllib.parse import urlsplit
 
 from dwdp.process_identity import is_own_user
+from dwdp.serving.supervisor.connection import RankConnection, RankResponse, RankUnreachable
 from dwdp.serving.supervisor.interface import RankEndpoint
 
-_READ_BUFFER_BYTES = 1 << 16
 _MAX_STATS_BYTES = 4 << 20
+_CONNECT_S = 5.0
 # Shorter than the 5 s after which uvicorn closes an idle connection: a request must not meet the closing.
 _KEEP_ALIVE_S = 3.0
 
-LINK_ERRORS = (aiohttp.ClientError, ConnectionError, TimeoutError, asyncio.TimeoutError)
+LINK_ERRORS = (OSError, asyncio.TimeoutError)
 """What talking to a rank that is gone, or going, raises."""
 
 
@@ -28,55 +28,29 @@ def listens_no_more(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ECONNREFUSED, errno.EPERM)
 
 
-class _OwnUserConnector(aiohttp.UnixConnector):
-    """Connects to this user's processes only: an abstract name that is free is anybody's to take."""
-
-    async def _create_connection(
-        self, req: aiohttp.ClientRequest, traces: list[Any], timeout: aiohttp.ClientTimeout
-    ) -> ResponseHandler:
-        """Raises UnixClientConnectorError when another user's process listens there."""
-        protocol = await super()._create_connection(req, traces, timeout)
-        try:
-            if protocol.transport is None:
-                raise ConnectionResetError(errno.ECONNRESET, "closed at once")
-            if not is_own_user(protocol.transport.get_extra_info("socket")):
-                raise PermissionError(errno.EPERM, "another user's process listens there")
-        except OSError as error:
-            protocol.close()
-            raise UnixClientConnectorError(self.path, req.connection_key, error) from error
-        return protocol
-
-
 class RankLink:
-    """Connections to one rank process; made and used inside one event loop."""
+    """Connections to one rank process; made and used inside one event loop.
+
+    Raises:
+        ValueError: the endpoint is not one of plain HTTP.
+    """
 
     def __init__(self, endpoint: RankEndpoint) -> None:
         self.endpoint = endpoint
-        connector: aiohttp.BaseConnector
-        if endpoint.socket is not None:
-            connector = _OwnUserConnector(
-                f"\0{endpoint.socket}", limit=0, keepalive_timeout=_KEEP_ALIVE_S
-            )
-        else:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
-        self._session = aiohttp.ClientSession(
-            base_url=endpoint.base_url,
-            connector=connector,
-            headers=dict(endpoint.headers),
-            skip_auto_headers=("User-Agent", "Accept-Encoding"),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0),
-            read_bufsize=_READ_BUFFER_BYTES,
-        )
+        address = urlsplit(endpoint.base_url)
+        if address.scheme != "http" or not address.hostname or address.path.strip("/"):
+            raise ValueError(f"a rank's address is http://HOST:PORT, not {endpoint.base_url!r}")
+        self._host, self._port = address.hostname, address.port or 80
+        self._head = _headers({"Host": address.netloc, **endpoint.headers})
+        self._connections: set[RankConnection] = set()
+        self._idle: list[tuple[float, RankConnection]] = []  # since when; the latest is last
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._is_closed = False
 
-    async def post(self, path: str, body: bytes, headers: dict[str, str]) -> aiohttp.ClientResponse:
-        """The response, once its headers are there. Closing it unread makes the rank stop the work.
-
-        Raises:
-            LINK_ERRORS: the rank cannot be reached, or closed the connection without an answer.
-        """
-        return await self._session.post(path, data=body, headers=headers, allow_redirects=False)
+    def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> RankResponse:
+        """The response, to be waited for. Closing it before its end makes the rank stop the work."""
+        return self._ask("POST", path, {**headers, "Content-Length": str(len(body))}, body)
 
     async def is_healthy(self, path: str, timeout_s: float) -> bool:
         """Whether ``path`` answers 200.
@@ -84,11 +58,8 @@ class RankLink:
         Raises:
             LINK_ERRORS: there is no answer within ``timeout_s``.
         """
-        async with self._session.get(
-            path, timeout=aiohttp.ClientTimeout(total=timeout_s)
-        ) as response:
-            await response.read()
-            return response.status == 200
+        status, _ = await self._get(path, timeout_s)
+        return status == 200
 
     async def stats(self, timeout_s: float) -> dict[str, Any]:
         """What the rank says about its work; {} where it says nothing that can be read.
@@ -98,16 +69,9 @@ class RankLink:
         """
         if self.endpoint.stats_path is None:
             return {}
-        async with self._session.get(
-            self.endpoint.stats_path, timeout=aiohttp.ClientTimeout(total=timeout_s)
-        ) as response:
-            body = bytearray()
-            async for chunk in response.content.iter_any():
-                body += chunk
-                if len(body) > _MAX_STATS_BYTES:
-                    return {}
-            if response.status != 200:
-                return {}
+        status, body = await self._get(self.endpoint.stats_path, timeout_s)
+        if status != 200:
+            return {}
         try:
             stats = json.loads(body)
         except ValueError:
@@ -115,4 +79,120 @@ class RankLink:
         return stats if isinstance(stats, dict) else {}
 
     async def close(self) -> None:
-        await self._session.close()
+        """Close all connections; what waits on one fails."""
+        self._is_closed = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for task in self._connecting:
+            task.cancel()
+        for connection in list(self._connections):
+            connection.abort()
+        await asyncio.gather(*self._connecting, return_exceptions=True)
+
+    async def _get(self, path: str, timeout_s: float) -> tuple[int, bytes]:
+        """Status and body; of one that is too long nothing."""
+        response = self._ask("GET", path, {}, b"")
+        try:
+            body = await asyncio.wait_for(_read(response), timeout_s)
+            return response.status, body
+        finally:
+            response.close()
+
+    def _ask(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> RankResponse:
+        line = f"{method} {path} HTTP/1.1\r\n".encode()
+        request = b"".join((line, self._head, _headers(headers), b"\r\n", body))
+        response = RankResponse()
+        if self._is_closed:
+            response.fail(RankUnreachable(errno.ECONNABORTED, "the link is closed"))
+        elif (connection := self._take_idle()) is not None:
+            connection.send(request, response)
+        else:
+            task = asyncio.ensure_future(self._connect_and_send(request, response))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+        return response
+
+    def _take_idle(self) -> RankConnection | None:
+        while self._idle:
+            since_s, connection = self._idle.pop()
+            if connection.is_open:
+                if asyncio.get_running_loop().time() - since_s < _KEEP_ALIVE_S:
+                    return connection
+                connection.abort()
+        return None
+
+    async def _connect_and_send(self, request: bytes, response: RankResponse) -> None:
+        try:
+            connection = await asyncio.wait_for(self._connect(), _CONNECT_S)
+        except LINK_ERRORS as error:
+            number = getattr(error, "errno", None) or errno.ETIMEDOUT
+            response.fail(RankUnreachable(number, str(error) or "it takes no connection"))
+            return
+        except BaseException:
+            response.fail(RankUnreachable(errno.ECONNABORTED, "the link is closed"))
+            raise
+        self._connections.add(connection)
+        if self._is_closed:
+            connection.abort()
+            response.fail(RankUnreachable(errno.ECONNABORTED, "the link is closed"))
+        elif response.failure is None:
+            connection.send(request, response)
+        else:  # given up meanwhile
+            self._keep(connection)
+
+    async def _connect(self) -> RankConnection:
+        """Raises OSError, with EPERM when another user's process listens at an abstract name."""
+        loop = asyncio.get_running_loop()
+        if self.endpoint.socket is None:
+            _, made = await loop.create_connection(self._new_connection, self._host, self._port)
+            return made
+        plug = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            plug.setblocking(False)
+            await loop.sock_connect(plug, f"\0{self.endpoint.socket}")
+            if not is_own_user(plug):  # an abstract name that is free is anybody's to take
+                raise PermissionError(errno.EPERM, "another user's process listens there")
+            _, made = await loop.create_unix_connection(self._new_connection, sock=plug)
+        except BaseException:
+            plug.close()
+            raise
+        return made
+
+    def _new_connection(self) -> RankConnection:
+        return RankConnection(self._keep, self._connections.discard)
+
+    def _keep(self, connection: RankConnection) -> None:
+        """Keep an idle connection for the next request, for a while."""
+        self._idle.append((asyncio.get_running_loop().time(), connection))
+        if self._sweeper is None:
+            self._sweep_later()
+
+    def _sweep_later(self) -> None:
+        self._sweeper = asyncio.get_running_loop().call_later(_KEEP_ALIVE_S, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close those that have been idle for too long."""
+        self._sweeper = None
+        oldest_s = asyncio.get_running_loop().time() - _KEEP_ALIVE_S
+        for since_s, connection in self._idle:
+            if since_s <= oldest_s:
+                connection.abort()
+        self._idle = [one for one in self._idle if one[0] > oldest_s and one[1].is_open]
+        if self._idle:
+            self._sweep_later()
+
+
+async def _read(response: RankResponse) -> bytes:
+    """The whole body, or b"" if it is too long."""
+    await response.begin()
+    body = bytearray()
+    while data := await response.read_some():
+        body += data
+        if len(body) > _MAX_STATS_BYTES:
+            return b""
+    return bytes(body)
+
+
+def _headers(headers: Mapping[str, str]) -> bytes:
+    lines = (f"{name}: {value}\r\n" for name, value in headers.items())
+    return "".join(lines).encode("latin-1")

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import Any
 
 from dwdp.cli.main import describe_error
 from dwdp.rendezvous import GroupError
-from dwdp.serving.router.service import Service
+from dwdp.serving.router.service import Service, run_service
 from dwdp.serving.router.settings import RouterSettings
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
 from dwdp.serving.supervisor.life import Watch
@@ -68,8 +67,8 @@ class StandInRanks:
         print(f"reported: rank {rank} {message}", file=sys.stderr)
 
 
-async def serve(options: dict[str, Any]) -> int:
-    service = Service(
+def new_service(options: dict[str, Any]) -> Service:
+    return Service(
         StandInRanks(options),
         "stand-in",
         RouterSettings(**options["settings"]),
@@ -79,13 +78,13 @@ async def serve(options: dict[str, Any]) -> int:
         watch=Watch(**options["watch"]),
         announce=lambda url, num_ranks: print(f"ready {url} {num_ranks}", flush=True),
     )
-    return await service.run()
 
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
-        return asyncio.run(serve(json.loads(sys.argv[1])))
+        options = json.loads(sys.argv[1])
+        return run_service(lambda: new_service(options))
     except Exception as error:
         text, code = describe_error(error)
         print(f"error: {text}", file=sys.stderr)
