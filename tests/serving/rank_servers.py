@@ -56,8 +56,8 @@ class Rank:
                 time.sleep(0.05)
         pytest.fail("the rank is not ready")
 
-    def stats(self) -> dict[str, Any]:
-        stats = self.http.get("/internal/stats").json()
+    def stats(self, query: str = "") -> dict[str, Any]:
+        stats = self.http.get(f"/internal/stats{query}").json()
         assert isinstance(stats, dict)
         return stats
 

@@ -21,7 +21,6 @@ import pytest
 from dwdp.serving.dispatcher import SetupFailed
 from dwdp.serving.router.balancer import Balancer
 from dwdp.serving.router.metrics import RouterMetrics
-from dwdp.serving.router.rank_limits import RankLimits
 from dwdp.serving.router.snapshot import snapshot
 from dwdp.serving.supervisor import link as rank_link
 from dwdp.serving.supervisor.connection import RankUnreachable
@@ -229,6 +228,8 @@ def test_what_an_ended_process_reported_is_not_reported_any_more() -> None:
     async def body(one: Supervision) -> None:
         balancer = Balancer(one.table, max_queued=1)
         metrics = RouterMetrics(one.table, balancer)
+        one.table.is_watched = True
+        await one.until(lambda: all("timeline" in rank.stats for rank in one.table.ranks))
         one.kill(1)
         await one.until(lambda: one.table.ranks[1].state is RankState.DEAD)
         text = metrics.text().decode()
@@ -238,7 +239,8 @@ def test_what_an_ended_process_reported_is_not_reported_any_more() -> None:
         alive, ended = snapshot(one.table, balancer, "m")["ranks"]
         for name in ("rss_bytes", "waiting", "resident_expert_bytes", "timeline"):
             assert alive[name] is not None and ended[name] is None
-        assert RankLimits.of(one.table.ranks[1]).max_running == 4  # the next one's will be the same
+        limits = one.table.ranks[1].limits
+        assert limits is not None and limits.max_running == 4  # the next one's will be the same
 
     run(2, body, first_delay_s=WAIT_S)
 

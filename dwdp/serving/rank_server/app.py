@@ -35,6 +35,7 @@ from dwdp.serving.rank_server.preparation import Preparation, Preparer
 from dwdp.serving.rank_server.rendering import ChatRenderer, CompletionRenderer, Renderer
 from dwdp.serving.rank_server.respond import ClientGone, Receive, Responder, Scope, Send, read_body
 from dwdp.serving.rank_server.stats import Statistics
+from dwdp.serving.supervisor.interface import TIMELINE_QUERY
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _LONGEST_TIMEOUT_S = 86_400.0
@@ -117,7 +118,8 @@ class RankApplication:
         await call.responder.send_json({"status": state}, 200 if state == "ready" else 503)
 
     async def _stats(self, call: _Call) -> None:
-        await call.responder.send_json(self._statistics.snapshot())
+        with_timeline = call.query == TIMELINE_QUERY
+        await call.responder.send_json(self._statistics.snapshot(with_timeline=with_timeline))
 
     async def _models(self, call: _Call) -> None:
         await call.responder.send_json(ModelList(data=(self._model,)).model_dump())
@@ -192,6 +194,7 @@ class _Call:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.path: str = scope["path"]
         self.method: str = scope["method"]
+        self.query: str = scope["query_string"].decode("latin-1")
         self.headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }

@@ -12,7 +12,8 @@ only, and requests with ``Authorization: Bearer TOKEN`` only, except for health.
 Health. ``GET /health/live``: 200 while the rank can compute. ``GET /health/ready``: 200 while it takes
 requests. A refused connection means that it is still loading, or gone.
 
-Work. OpenAI's paths below ``/v1``, and ``GET /internal/stats``. ``X-Request-Id`` becomes part of the answer's
+Work. OpenAI's paths below ``/v1``, and ``GET /internal/stats``, with ``?timeline`` for what the rank did in
+the last seconds as well. ``X-Request-Id`` becomes part of the answer's
 id, ``X-DWDP-Timeout-S`` is the number of seconds after which the work is given up. Closing the connection
 cancels it. The headers of a stream are sent with its first token: as long as nothing has arrived, nothing
 was produced, and the request can be put to another rank.

@@ -42,13 +42,17 @@ class Statistics:
         self._timeline = timeline
         self._started_s = time.monotonic()
 
-    def snapshot(self) -> dict[str, Any]:
-        """A JSON document; counters are totals since the start, requests are counted by answers."""
+    def snapshot(self, *, with_timeline: bool) -> dict[str, Any]:
+        """A JSON document; counters are totals since the start, requests are counted by answers.
+
+        Args:
+            with_timeline: what only the page shows, and what takes longest to gather, besides.
+        """
         engine, backend = self._engine, self._engine.backend
         counters = engine.counters
         load_report = self._attachment.load_report
         num_running = engine.num_running
-        return {
+        document = {
             "rank": self._facts.rank,
             "dwdp_size": self._facts.dwdp_size,
             "pid": os.getpid(),
@@ -85,5 +89,7 @@ class Statistics:
             },
             "runtime": asdict(self._attachment.runtime.stats()),
             "load_s": load_report.seconds if load_report is not None else 0.0,
-            "timeline": self._timeline.snapshot(self._attachment.runtime),
         }
+        if with_timeline:
+            document["timeline"] = self._timeline.snapshot(self._attachment.runtime)
+        return document

@@ -46,7 +46,6 @@ from dwdp.serving.router.lease import Deadline
 from dwdp.serving.router.metrics import CONTENT_TYPE, RouterMetrics
 from dwdp.serving.router.openapi import openapi_document
 from dwdp.serving.router.outlet import Outlet
-from dwdp.serving.router.rank_limits import widest_limits
 from dwdp.serving.router.settings import RouterSettings
 from dwdp.serving.router.snapshot import SnapshotFeed, health, snapshot
 from dwdp.serving.supervisor.ranks import RankState, RankTable
@@ -226,10 +225,12 @@ class Router:
         if scope["method"] == "GET":  # HEAD has no body to wait for
             response = StreamingResponse(self._snapshots(), media_type="text/event-stream")
         self._num_watchers += 1
+        self._table.is_watched = True
         try:
             await response(scope, receive, send)  # type: ignore[arg-type]
         finally:
             self._num_watchers -= 1
+            self._table.is_watched = self._num_watchers > 0
 
     def _count(self, path: str, status: int, arrived_s: float) -> None:
         """Note that a request for text has ended."""
@@ -245,7 +246,7 @@ class Router:
         if isinstance(request, CompletionRequest | ChatCompletionRequest):
             if request.model != self._model.id:
                 raise model_not_found(request.model, self._model.id)
-            check_length(request, widest_limits(self._table.ranks).max_sequence_length)
+            check_length(request, self._table.widest_limits().max_sequence_length)
         return estimate_cost(request)
 
     async def _page(self, request: Request) -> Response:

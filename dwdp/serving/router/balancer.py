@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dwdp.serving.openai.errors import ApiError, invalid, overloaded, unavailable
 from dwdp.serving.router.cost import Cost
 from dwdp.serving.router.lease import Deadline, Lease, RankLoad
-from dwdp.serving.router.rank_limits import RankLimits, widest_limits
+from dwdp.serving.supervisor.limits import RankLimits
 from dwdp.serving.supervisor.ranks import Rank, RankState, RankTable
 
 MAX_OVERTAKES = 64
@@ -146,7 +146,7 @@ class Balancer:
         self._check_open(is_retry)
         if deadline.left_s == 0.0:
             raise deadline.error()
-        if (error := _too_wide(cost, widest_limits(self._table.ranks))) is not None:
+        if (error := _too_wide(cost, self._table.widest_limits())) is not None:
             raise error
         if not self._queue and (opening := _choose(self._openings(), cost, avoid)) is not None:
             return self._place(opening, cost)
@@ -211,7 +211,7 @@ class Balancer:
         if not self._queue:
             return
         openings = self._openings()
-        widest = widest_limits(self._table.ranks)
+        widest = self._table.widest_limits()
         kept: dict[int, _Waiter] = {}
         passed_over: list[_Waiter] = []
         narrowest = math.inf  # of those that found no room; it only shrinks from there on
@@ -247,7 +247,7 @@ class Balancer:
             for rank in self._table.ranks
             if rank.state is RankState.READY
             and rank.rank not in kept
-            and RankLimits.of(rank).can_hold(waiter.cost.num_sequences)
+            and (rank.limits or RankLimits()).can_hold(waiter.cost.num_sequences)
         }
         if waiter.kept_rank not in able:
             waiter.kept_rank = min(able, key=lambda rank: (able[rank], rank), default=None)
@@ -258,7 +258,7 @@ class Balancer:
         """Ranks that take requests now."""
         now_s = asyncio.get_running_loop().time()
         return [
-            _Opening(rank, load, RankLimits.of(rank))
+            _Opening(rank, load, rank.limits or RankLimits())
             for rank in self._table.ranks
             if rank.state is RankState.READY
             and rank.link is not None

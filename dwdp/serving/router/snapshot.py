@@ -9,7 +9,7 @@ from typing import Any
 
 from dwdp.serving.router.balancer import Balancer
 from dwdp.serving.router.metrics import reported
-from dwdp.serving.router.rank_limits import RankLimits
+from dwdp.serving.supervisor.limits import RankLimits
 from dwdp.serving.supervisor.ranks import Rank, RankTable
 
 
@@ -77,7 +77,7 @@ def _rank(rank: Rank, balancer: Balancer) -> dict[str, Any]:
         "restarts": rank.num_restarts,
         "recovery_s": rank.recovery_s,
         "sequences": load.num_sequences,
-        "window": RankLimits.of(rank).window,
+        "window": (rank.limits or RankLimits()).window,
         "outstanding_tokens": load.outstanding_tokens,
         "waiting": reported(rank, ("requests", "waiting")),
         "generated_tokens": reported(rank, ("tokens", "generated")),

@@ -46,6 +46,11 @@ class RankResponse:
         """Without its parameters."""
         return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
 
+    @property
+    def is_last(self) -> bool:
+        """Whether the rank closes the connection after it. (The parser knows until the end alone.)"""
+        return b"close" in self.headers.get(b"connection", b"").lower()
+
     async def begin(self) -> None:
         """Wait for the status and the headers.
 
@@ -223,7 +228,7 @@ class RankConnection(asyncio.Protocol):
     def _finish(self, response: RankResponse) -> None:
         self._response = None
         response.connection = None
-        if self._parser.should_keep_alive():
+        if not response.is_last:
             self._transport.resume_reading()
             self._on_idle(self)
         else:

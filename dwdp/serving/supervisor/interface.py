@@ -16,6 +16,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+TIMELINE_QUERY = "timeline"
+"""Asks ``stats_path`` for the timeline as well, while somebody looks at the page."""
+
 
 @dataclass(frozen=True)
 class RankEndpoint:
@@ -26,7 +29,8 @@ class RankEndpoint:
         socket: abstract unix socket, without the leading NUL. None: TCP.
         headers: sent with every request.
         live_path, ready_path: health; see the module.
-        stats_path: JSON about the rank's work (``docs/serving.md`` has its keys). None: there is none.
+        stats_path: JSON about the rank's work (``docs/serving.md`` has its keys), with
+            :data:`TIMELINE_QUERY` about its last seconds too. None: there is none.
     """
 
     base_url: str = "http://rank"

@@ -106,7 +106,9 @@ class RankLife:
 
     async def _read_stats(self) -> None:
         with suppress(*LINK_ERRORS):
-            self._rank.stats = await self._link.stats(self._watch.timeout_s)
+            self._rank.note_stats(
+                await self._link.stats(self._watch.timeout_s, with_timeline=self._table.is_watched)
+            )
 
     async def _is_refused(self) -> bool:
         """Look after the rank once; whether it does not listen any more."""

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from dwdp.process_identity import is_own_user
 from dwdp.serving.supervisor.connection import RankConnection, RankResponse, RankUnreachable
-from dwdp.serving.supervisor.interface import RankEndpoint
+from dwdp.serving.supervisor.interface import TIMELINE_QUERY, RankEndpoint
 
 _MAX_STATS_BYTES = 4 << 20
 _CONNECT_S = 5.0
@@ -61,15 +61,19 @@ class RankLink:
         status, _ = await self._get(path, timeout_s)
         return status == 200
 
-    async def stats(self, timeout_s: float) -> dict[str, Any]:
+    async def stats(self, timeout_s: float, *, with_timeline: bool) -> dict[str, Any]:
         """What the rank says about its work; {} where it says nothing that can be read.
+
+        Args:
+            with_timeline: what it did in the last seconds as well.
 
         Raises:
             LINK_ERRORS: there is no answer within ``timeout_s``.
         """
         if self.endpoint.stats_path is None:
             return {}
-        status, body = await self._get(self.endpoint.stats_path, timeout_s)
+        query = f"?{TIMELINE_QUERY}" if with_timeline else ""
+        status, body = await self._get(self.endpoint.stats_path + query, timeout_s)
         if status != 200:
             return {}
         try:

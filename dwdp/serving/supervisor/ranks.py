@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dwdp.serving.supervisor.limits import RankLimits, widest_limits
 from dwdp.serving.supervisor.link import RankLink
 
 
@@ -44,8 +45,9 @@ class Rank:
         lost_s: monotonic time at which the last process that had been set up ended; None: none has.
         recovery_s: seconds from there to being ready again; None if never lost, or not back yet.
         link: the way to the current process; None while there is none.
-        stats: the last answer at ``stats_path``; {} before the first. Of a process that has ended only the
-            limits still say something: the next one will have the same.
+        stats: the last answer at ``stats_path``; {} before the first.
+        limits: according to it; None before the first. What a process that has ended said of them stays: the
+            next one will have the same.
     """
 
     rank: int
@@ -58,6 +60,12 @@ class Rank:
     recovery_s: float | None = None
     link: RankLink | None = None
     stats: dict[str, Any] = field(default_factory=dict)
+    limits: RankLimits | None = None
+
+    def note_stats(self, stats: dict[str, Any]) -> None:
+        """Keep an answer at ``stats_path``; {}: none yet."""
+        self.stats = stats
+        self.limits = RankLimits.of(stats) if stats else None
 
 
 @dataclass
@@ -66,10 +74,12 @@ class RankTable:
 
     Attributes:
         on_change: called with a rank after its state has changed, and the state it had before.
+        is_watched: whether somebody looks at what the ranks did in the last seconds.
     """
 
     ranks: tuple[Rank, ...]
     on_change: list[Callable[[Rank, RankState], None]] = field(default_factory=list)
+    is_watched: bool = False
 
     @classmethod
     def of_size(cls, num_ranks: int) -> RankTable:
@@ -88,6 +98,10 @@ class RankTable:
             rank.recovery_s = now_s - rank.lost_s
         for listener in self.on_change:
             listener(rank, before)
+
+    def widest_limits(self) -> RankLimits:
+        """What at least one rank may take."""
+        return widest_limits(rank.limits for rank in self.ranks)
 
     def holders(self) -> list[int]:
         """Ranks whose process has the group's expert memory mapped."""

@@ -206,7 +206,8 @@ class Supervisor:
             process.send_signal(signal.SIGKILL)
         link = RankLink(start.endpoint)
         life = self._lives[rank.rank] = RankLife(rank, self._table, process, link, self._watch)
-        rank.link, rank.pid, rank.stats = link, process.pid, {}
+        rank.link, rank.pid = link, process.pid
+        rank.note_stats({})
         self._table.set_state(rank, RankState.STARTING)
         try:
             end = await life.run()

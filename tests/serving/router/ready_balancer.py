@@ -32,7 +32,7 @@ def with_balancer(
         balancer.open()
         for rank in table.ranks:
             rank.link = RankLink(RankEndpoint(socket="nobody"))
-            rank.stats = {"limits": dict(limits)}
+            rank.note_stats({"limits": dict(limits)})
             table.set_state(rank, RankState.READY)
         try:
             await body(balancer, table)

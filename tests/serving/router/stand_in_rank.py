@@ -54,6 +54,7 @@ class StandInRank:
             {"name": "compute", "spans": [[now_s - 2, now_s - 1, "forward"]]},
             {"name": "fetch 0", "spans": [[now_s - 1.5, now_s - 0.5, "layer 1"]]},
         ]
+        timeline = {"timeline": {"now_s": now_s, "lanes": lanes}}
         return web.json_response(
             {
                 "requests": self.counts,
@@ -66,7 +67,7 @@ class StandInRank:
                     "exposed_wait_s": 0.125,
                     "fetched_bytes": 1 << 20,
                 },
-                "timeline": {"now_s": now_s, "lanes": lanes},
+                **(timeline if "timeline" in request.query else {}),
             }
         )
 

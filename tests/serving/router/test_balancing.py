@@ -16,7 +16,7 @@ from dwdp.serving.openai.requests import ChatCompletionRequest, CompletionReques
 from dwdp.serving.router.balancer import Balancer
 from dwdp.serving.router.cost import UNLIMITED_NEW_TOKENS, Cost, check_length, estimate_cost
 from dwdp.serving.router.lease import Deadline, Lease
-from dwdp.serving.router.rank_limits import RankLimits, widest_limits
+from dwdp.serving.supervisor.limits import RankLimits
 from dwdp.serving.supervisor.ranks import RankState, RankTable
 from dwdp.serving.supervisor.restarts import RestartPolicy
 
@@ -45,7 +45,7 @@ def test_places_are_given_in_order_within_the_window_and_all_come_back(
             await asyncio.sleep(0)
             for rank in table.ranks:
                 load = balancer.load_of(rank.rank)
-                assert load.num_sequences < RankLimits.of(rank).window + 12
+                assert load.num_sequences < (rank.limits or RankLimits()).window + 12
                 assert load.outstanding_tokens >= 0
             if held and choice % 3 == 0:
                 held.pop(choice % len(held)).release()
@@ -88,7 +88,7 @@ def test_those_that_lost_their_rank_go_first_and_are_not_refused() -> None:
         deadline, cost = Deadline.after(10), Cost(1, 1, 1)
         running = [
             await balancer.acquire(cost, deadline=deadline)
-            for _ in range(RankLimits.of(table.ranks[0]).window)
+            for _ in range((table.ranks[0].limits or RankLimits()).window)
         ]
         order: list[str] = []
 
@@ -228,16 +228,16 @@ def test_only_what_is_certainly_too_long_is_refused(
 
 def test_the_limits_of_a_group_are_those_of_its_widest_rank() -> None:
     table = RankTable.of_size(3)
-    assert widest_limits(table.ranks) == RankLimits()  # nobody has said anything
-    table.ranks[0].stats = {
-        "limits": {"max_running": 4, "max_waiting": 2, "max_sequence_length": 9}
-    }
-    assert widest_limits(table.ranks) == RankLimits(4, 2, 9)
-    table.ranks[1].stats = {
-        "limits": {"max_running": 2, "max_waiting": 6, "max_sequence_length": 7}
-    }
-    assert widest_limits(table.ranks) == RankLimits(2, 6, 9)
-    table.ranks[2].stats = {"limits": {"max_running": True, "max_waiting": -1}}
-    assert widest_limits(table.ranks) == RankLimits()
-    table.ranks[2].stats = {"limits": "none"}
-    assert widest_limits(table.ranks) == RankLimits()
+    assert table.widest_limits() == RankLimits()  # nobody has said anything
+    table.ranks[0].note_stats(
+        {"limits": {"max_running": 4, "max_waiting": 2, "max_sequence_length": 9}}
+    )
+    assert table.widest_limits() == RankLimits(4, 2, 9)
+    table.ranks[1].note_stats(
+        {"limits": {"max_running": 2, "max_waiting": 6, "max_sequence_length": 7}}
+    )
+    assert table.widest_limits() == RankLimits(2, 6, 9)
+    table.ranks[2].note_stats({"limits": {"max_running": True, "max_waiting": -1}})
+    assert table.widest_limits() == RankLimits()
+    table.ranks[2].note_stats({"limits": "none"})
+    assert table.widest_limits() == RankLimits()

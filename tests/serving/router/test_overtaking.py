@@ -186,12 +186,13 @@ def test_what_no_rank_ever_takes_is_refused_at_once() -> None:
         # While no rank has said what it takes, it waits, and keeps nobody from being served.
         for rank in table.ranks:
             table.set_state(rank, RankState.DEAD)
-            limits, rank.stats = rank.stats, {}
+            limits = rank.stats
+            rank.note_stats({})
         await crowd.ask(9)
         await crowd.ask(1)
         assert crowd.waiting == [2, 3]
         for rank in table.ranks:
-            rank.stats = limits
+            rank.note_stats(limits)
             table.set_state(rank, RankState.READY)
             await crowd.settle()
         assert crowd.refused[2].status == 400 and 3 in crowd.leases

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-
-from dwdp.serving.supervisor.ranks import Rank
+from typing import Any
 
 DEFAULT_MAX_RUNNING = 64
 """Sequences generated at a time by a rank that does not say."""
@@ -27,9 +26,9 @@ class RankLimits:
     max_sequence_length: int | None = None
 
     @classmethod
-    def of(cls, rank: Rank) -> RankLimits:
-        """As ``rank`` reported them last. What it left out, or got wrong, is unlimited or the default."""
-        limits = rank.stats.get("limits")
+    def of(cls, stats: Mapping[str, Any]) -> RankLimits:
+        """As a rank reported them. What it left out, or got wrong, is unlimited or the default."""
+        limits = stats.get("limits")
         limits = limits if isinstance(limits, dict) else {}
         return cls(
             _count(limits.get("max_running"), at_least=1) or DEFAULT_MAX_RUNNING,
@@ -58,13 +57,13 @@ class RankLimits:
         return self.capacity is None or num_sequences <= self.capacity
 
 
-def widest_limits(ranks: Iterable[Rank]) -> RankLimits:
-    """What at least one of ``ranks`` may take.
+def widest_limits(of_ranks: Iterable[RankLimits | None]) -> RankLimits:
+    """What at least one of the ranks may take.
 
-    Ranks of a group are started alike, so those that have said something speak for those that have not yet.
-    If none has, there are no limits.
+    Ranks of a group are started alike, so those that have said something speak for those that have not yet
+    (None). If none has, there are no limits.
     """
-    told = [RankLimits.of(rank) for rank in ranks if rank.stats]
+    told = [limits for limits in of_ranks if limits is not None]
     if not told:
         return RankLimits()
     widest = max(told, key=lambda limits: math.inf if limits.capacity is None else limits.capacity)
