@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from dwdp.serving.supervisor import link as rank_link
-from dwdp.serving.supervisor.connection import RankUnreachable
 from dwdp.serving.supervisor.interface import RankEndpoint
 from dwdp.serving.supervisor.link import RankLink
+from dwdp.serving.supervisor.rank_connection import RankUnreachable
 
 WHOLE = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: 2\r\n\r\nok"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

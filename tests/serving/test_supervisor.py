@@ -23,11 +23,11 @@ from dwdp.serving.router.balancer import Balancer
 from dwdp.serving.router.metrics import RouterMetrics
 from dwdp.serving.router.snapshot import snapshot
 from dwdp.serving.supervisor import link as rank_link
-from dwdp.serving.supervisor.connection import RankUnreachable
 from dwdp.serving.supervisor.interface import RankEndpoint, RankStart
 from dwdp.serving.supervisor.life import LifeEnd, RankLife, Watch
 from dwdp.serving.supervisor.link import RankLink
 from dwdp.serving.supervisor.process import RankProcess
+from dwdp.serving.supervisor.rank_connection import RankUnreachable
 from dwdp.serving.supervisor.ranks import RankState, RankTable
 from dwdp.serving.supervisor.restarts import RestartPolicy
 from dwdp.serving.supervisor.supervisor import Supervisor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dwdp.serving.openai.streaming import CONTENT_TYPE
 from dwdp.serving.router.room import ByteRoom, RoomShare
-from dwdp.serving.supervisor.connection import RankResponse
+from dwdp.serving.supervisor.rank_connection import RankResponse
 
 _STREAM = CONTENT_TYPE.encode()
 

@@ -19,8 +19,8 @@ from dwdp.serving.router.metrics import RouterMetrics
 from dwdp.serving.router.outlet import Outlet
 from dwdp.serving.router.refusals import REFUSAL_STATUSES, RankRefused, Refusals, has_failed
 from dwdp.serving.router.room import ByteRoom
-from dwdp.serving.supervisor.connection import RankUnreachable
 from dwdp.serving.supervisor.link import LINK_ERRORS
+from dwdp.serving.supervisor.rank_connection import RankUnreachable
 
 log = logging.getLogger(__name__)
 

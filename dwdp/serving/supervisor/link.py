@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dwdp.process_identity import is_own_user
-from dwdp.serving.supervisor.connection import RankConnection, RankResponse, RankUnreachable
 from dwdp.serving.supervisor.interface import TIMELINE_QUERY, RankEndpoint
+from dwdp.serving.supervisor.rank_connection import RankConnection, RankResponse, RankUnreachable
 
 _MAX_STATS_BYTES = 4 << 20
 _CONNECT_S = 5.0
