@@ -238,7 +238,7 @@ def cpu_name() -> str:
 @click.option("--concurrency", default=64, help="Requests at a time, under fire.")
 @click.option("--kill-every-s", default=5.0)
 @click.option("--num-tokens", default=24, help="Tokens per answer.")
-@click.option("--rounds", default=15, help="Measured rounds of throughput, after one to warm up.")
+@click.option("--rounds", default=31, help="Measured rounds of throughput, after one to warm up.")
 @click.option("--requests-per-round", default=200)
 @click.option("--latency-requests", default=500)
 @click.option("--soak-s", default=600.0)

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Awaitable, Callable
 
 import pytest
+import uvloop
 
 from dwdp.serving.supervisor import link as rank_link
 from dwdp.serving.supervisor.interface import RankEndpoint
@@ -152,6 +153,102 @@ def test_what_came_before_a_cut_is_read_first() -> None:
         assert b"".join(received) == b"abcde" and not response.is_complete
 
     with_link(answer, body)
+
+
+@pytest.mark.parametrize("is_split", [False, True], ids=["in one read", "in two reads"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (b"HTTP/1.1 100 Continue\r\n\r\n", WHOLE),
+        (b"HTTP/1.1 103 Early Hints\r\nContent-Type: no/no\r\n\r\n", WHOLE),
+        (WHOLE, b"surplus"),
+        (WHOLE, WHOLE),
+        (WHOLE[:-1], b"k"),
+    ],
+    ids=["100", "103", "surplus", "another response", "body in two"],
+)
+def test_the_answer_is_found_whatever_is_around_it(
+    first: bytes, second: bytes, is_split: bool
+) -> None:
+    async def answer(writer: Writer) -> None:
+        writer.write(first)
+        if is_split:
+            await asyncio.sleep(0.02)
+        writer.write(second)
+
+    async def body(link: RankLink, server: Server) -> None:
+        assert await ask(link) == b"ok"
+
+    with_link(answer, body)
+
+
+def test_a_body_may_end_with_the_connection() -> None:
+    async def answer(writer: Writer) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\no")
+        await asyncio.sleep(0.02)
+        writer.write(b"k")
+        writer.close()
+
+    async def body(link: RankLink, server: Server) -> None:
+        assert await ask(link) == b"ok"
+        assert await link.is_healthy("/", WAIT_S)
+
+    with_link(answer, body)
+
+
+def test_a_connection_that_is_closed_at_once_fails_its_request() -> None:
+    async def run() -> None:
+        endpoint = RankEndpoint(socket=f"dwdp-test-{secrets.token_hex(8)}")
+        listener = await asyncio.start_unix_server(
+            lambda reader, writer: writer.transport.abort(), f"\0{endpoint.socket}"
+        )
+        link = RankLink(endpoint)
+        for _ in range(20):
+            with pytest.raises(ConnectionError):
+                await asyncio.wait_for(link.post("/", b"{}", {}).begin(), WAIT_S)
+        await link.close()
+        listener.close()
+
+    uvloop.run(run())
+    asyncio.run(run())
+
+
+def test_a_chunk_that_is_none_fails_the_request() -> None:
+    async def answer(writer: Writer) -> None:
+        writer.write(CHUNKED + b"no chunk\r\n")
+
+    async def body(link: RankLink, server: Server) -> None:
+        response = link.post("/", b"{}", {})
+        await response.begin()
+        assert response.status == 200
+        with pytest.raises(ConnectionError, match="no response of HTTP"):
+            await response.read_some()
+
+    with_link(answer, body)
+
+
+def test_what_a_rank_has_said_to_the_end_can_be_read_after_closing() -> None:
+    async def answer(writer: Writer) -> None:
+        writer.write(WHOLE)
+
+    async def body(link: RankLink, server: Server) -> None:
+        response = link.post("/", b"{}", {})
+        await until(lambda: response.is_complete)
+        response.close()
+        await response.begin()
+        assert await response.read_some() == b"ok" and await response.read_some() == b""
+
+    with_link(answer, body)
+
+
+def test_closing_the_link_at_once_fails_what_was_just_asked() -> None:
+    async def body(link: RankLink, server: Server) -> None:
+        response = link.post("/", b"{}", {})
+        await link.close()
+        with pytest.raises(RankUnreachable):
+            await response.begin()
+
+    with_link(answer_whole, body)
 
 
 def test_who_does_not_speak_http_is_told_from_a_rank() -> None:

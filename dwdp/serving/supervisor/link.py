@@ -6,7 +6,8 @@ import asyncio
 import errno
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -104,16 +105,17 @@ class RankLink:
 
     def _ask(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> RankResponse:
         line = f"{method} {path} HTTP/1.1\r\n".encode()
-        request = b"".join((line, self._head, _headers(headers), b"\r\n", body))
+        head = b"".join((line, self._head, _headers(headers), b"\r\n"))
         response = RankResponse()
         if self._is_closed:
             response.fail(RankUnreachable(errno.ECONNABORTED, "the link is closed"))
         elif (connection := self._take_idle()) is not None:
-            connection.send(request, response)
+            connection.send(head, body, response)
         else:
-            task = asyncio.ensure_future(self._connect_and_send(request, response))
+            send = partial(_send, head, body, response, self._keep)
+            task = asyncio.ensure_future(self._connect_in_time(send))
             self._connecting.add(task)
-            task.add_done_callback(self._connecting.discard)
+            task.add_done_callback(partial(self._note_connected, response))
         return response
 
     def _take_idle(self) -> RankConnection | None:
@@ -125,45 +127,41 @@ class RankLink:
                 connection.abort()
         return None
 
-    async def _connect_and_send(self, request: bytes, response: RankResponse) -> None:
-        try:
-            connection = await asyncio.wait_for(self._connect(), _CONNECT_S)
-        except LINK_ERRORS as error:
-            number = getattr(error, "errno", None) or errno.ETIMEDOUT
-            response.fail(RankUnreachable(number, str(error) or "it takes no connection"))
-            return
-        except BaseException:
-            response.fail(RankUnreachable(errno.ECONNABORTED, "the link is closed"))
-            raise
-        self._connections.add(connection)
-        if self._is_closed:
-            connection.abort()
-            response.fail(RankUnreachable(errno.ECONNABORTED, "the link is closed"))
-        elif response.failure is None:
-            connection.send(request, response)
-        else:  # given up meanwhile
-            self._keep(connection)
+    async def _connect_in_time(self, on_made: Callable[[RankConnection], object]) -> None:
+        await asyncio.wait_for(self._connect(on_made), _CONNECT_S)
 
-    async def _connect(self) -> RankConnection:
+    async def _connect(self, on_made: Callable[[RankConnection], object]) -> None:
         """Raises OSError, with EPERM when another user's process listens at an abstract name."""
         loop = asyncio.get_running_loop()
+
+        def new_connection() -> RankConnection:
+            return RankConnection(note_made, self._keep, self._connections.discard)
+
+        def note_made(connection: RankConnection) -> None:
+            self._connections.add(connection)
+            on_made(connection)
+
         if self.endpoint.socket is None:
-            _, made = await loop.create_connection(self._new_connection, self._host, self._port)
-            return made
+            await loop.create_connection(new_connection, self._host, self._port)
+            return
         plug = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             plug.setblocking(False)
             await loop.sock_connect(plug, f"\0{self.endpoint.socket}")
             if not is_own_user(plug):  # an abstract name that is free is anybody's to take
                 raise PermissionError(errno.EPERM, "another user's process listens there")
-            _, made = await loop.create_unix_connection(self._new_connection, sock=plug)
+            await loop.create_unix_connection(new_connection, sock=plug)
         except BaseException:
             plug.close()
             raise
-        return made
 
-    def _new_connection(self) -> RankConnection:
-        return RankConnection(self._keep, self._connections.discard)
+    def _note_connected(self, response: RankResponse, task: asyncio.Task[None]) -> None:
+        self._connecting.discard(task)
+        if task.cancelled():
+            response.fail(RankUnreachable(errno.ECONNABORTED, "the link is closed"))
+        elif (error := task.exception()) is not None:
+            number = getattr(error, "errno", None) or errno.ETIMEDOUT
+            response.fail(RankUnreachable(number, str(error) or "it takes no connection"))
 
     def _keep(self, connection: RankConnection) -> None:
         """Keep an idle connection for the next request, for a while."""
@@ -184,6 +182,20 @@ class RankLink:
         self._idle = [one for one in self._idle if one[0] > oldest_s and one[1].is_open]
         if self._idle:
             self._sweep_later()
+
+
+def _send(
+    head: bytes,
+    body: bytes,
+    response: RankResponse,
+    keep: Callable[[RankConnection], object],
+    connection: RankConnection,
+) -> None:
+    """Send a request on a new connection, if it is still wanted."""
+    if response.failure is None:
+        connection.send(head, body, response)
+    else:
+        keep(connection)
 
 
 async def _read(response: RankResponse) -> bytes:

@@ -38,6 +38,8 @@ class RankProcess:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
+            # A terminal's signals are for this process: uvloop's children do not ignore what nohup ignores.
+            start_new_session=True,
         )
         assert process.stdin is not None
         try:

@@ -1,7 +1,7 @@
 """One connection to a rank, and the responses that come on it.
 
-HTTP/1.1 with httptools' parser, and of it only what talking to ranks needs: one request at a time, bodies
-with a length or in chunks. Every event of every stream passes here: it costs one parse and one wake-up.
+HTTP/1.1 with httptools' parser, and of it only what talking to ranks needs: one request at a time. Every
+event of every stream passes here: it costs one parse and one write.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Awaitable, Callable
-from typing import cast
+from typing import Any, cast
 
 import httptools
 
@@ -27,6 +27,8 @@ class RankResponse:
     Attributes:
         status: of HTTP; 0 until :meth:`begin` returns.
         headers: names in lower case.
+        is_complete: the rank has said everything; what of it was not read yet can be.
+        connection: what it comes on; None before, and once there is no more to come.
     """
 
     def __init__(self) -> None:
@@ -36,7 +38,6 @@ class RankResponse:
         self.failure: Exception | None = None
         self.connection: RankConnection | None = None
         self.num_held_bytes = 0
-        self._has_begun = False
         self._pieces: list[bytes] = []
         self._write: Callable[[bytes], bool] | None = None
         self._wake: asyncio.Future[None] | None = None
@@ -46,11 +47,6 @@ class RankResponse:
         """Without its parameters."""
         return self.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
 
-    @property
-    def is_last(self) -> bool:
-        """Whether the rank closes the connection after it. (The parser knows until the end alone.)"""
-        return b"close" in self.headers.get(b"connection", b"").lower()
-
     async def begin(self) -> None:
         """Wait for the status and the headers.
 
@@ -58,7 +54,7 @@ class RankResponse:
             RankUnreachable: the rank was not given the request.
             ConnectionError: the connection broke, or :meth:`close` was called.
         """
-        while not self._has_begun:
+        while not self.status:
             await self._wait()
 
     async def read_some(self) -> bytes:
@@ -97,21 +93,31 @@ class RankResponse:
                 self._write = None
 
     def close(self) -> None:
-        """Want no more: a rank that is not done sees the connection closed, and stops. Idempotent."""
+        """Want no more: a rank that is not done sees the connection closed, and stops. Idempotent.
+
+        If it is done, what has come can still be read.
+        """
+        if self.is_complete:
+            return
         self._pieces.clear()
         self.fail(ConnectionAbortedError(errno.ECONNABORTED, "the request was given up"))
         if self.connection is not None:
             self.connection.abort()
             self.connection = None
 
+    def add(self, piece: bytes) -> None:
+        """A piece of the body has come."""
+        self._pieces.append(piece)
+        self.num_held_bytes += len(piece)
+
     def fail(self, error: Exception) -> None:
         """There will be no more. What has come can be read first. Without effect at the end."""
         if not self.is_complete and self.failure is None:
             self.failure = error
-            self._wake_up()
+        self._wake_up()
 
     def note_arrival(self) -> None:
-        """Some more has been parsed: give it to who waits."""
+        """Something has come: give it to who waits."""
         if self._write is not None and self._pieces and not self._write(self._take()):
             self._write = None
         if self._write is None or self.is_complete:
@@ -138,55 +144,39 @@ class RankResponse:
         finally:
             self._wake = None
 
-    # What the parser calls.
-
-    def on_message_begin(self) -> None:
-        if self.is_complete:
-            raise ValueError("there is more than was asked for")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers[name.lower()] = value
-
-    def on_headers_complete(self) -> None:
-        self._has_begun = True
-
-    def on_body(self, body: bytes) -> None:
-        self._pieces.append(body)
-        self.num_held_bytes += len(body)
-
-    def on_message_complete(self) -> None:
-        self.is_complete = True
-
 
 class RankConnection(asyncio.Protocol):
-    """A connection that takes one request after another.
+    """A connection that takes one request after another; the protocol of its parser, too.
 
     Args:
+        on_made: called when it is open.
         on_idle: called when a response is complete and the next request may be sent.
-        on_lost: called when the connection is closed.
+        on_lost: called when it is closed.
     """
 
     def __init__(
         self,
+        on_made: Callable[[RankConnection], object],
         on_idle: Callable[[RankConnection], object],
         on_lost: Callable[[RankConnection], object],
     ) -> None:
+        self._on_made = on_made
         self._on_idle = on_idle
         self._on_lost = on_lost
         self._transport: asyncio.Transport
+        self._parser: Any = httptools.HttpResponseParser(self)
         self._response: RankResponse | None = None
-        self._parser: httptools.HttpResponseParser
+        self._is_interim = False
 
     @property
     def is_open(self) -> bool:
         return not self._transport.is_closing()
 
-    def send(self, request: bytes, response: RankResponse) -> None:
-        """Send ``request``, and have ``response`` filled."""
-        self._parser = httptools.HttpResponseParser(response)
+    def send(self, head: bytes, body: bytes, response: RankResponse) -> None:
+        """Send a request, and have ``response`` filled."""
         self._response = response
         response.connection = self
-        self._transport.write(request)
+        self._transport.writelines((head, body))
 
     def read_on(self) -> None:
         """Somebody has taken what a response held."""
@@ -198,44 +188,89 @@ class RankConnection(asyncio.Protocol):
         self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's are no subclass
+        self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
         response = self._response
         if response is None:  # nothing was asked
             self.abort()
             return
+        trouble = None
         try:
             self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._end(response, ConnectionError(errno.EPROTO, f"no response of HTTP/1.1: {error}"))
-            return
-        response.status = self._parser.get_status_code()
-        response.note_arrival()
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as caught:
+            trouble = caught
         if response.is_complete:
-            self._finish(response)
-        elif response.num_held_bytes > _MAX_HELD_BYTES:
-            self._transport.pause_reading()
+            response.note_arrival()
+            self._finish(response, has_more=trouble is not None)
+        elif trouble is not None:
+            error = ConnectionError(errno.EPROTO, f"no response of HTTP/1.1: {trouble}")
+            self._end(response, error)
+        else:
+            response.note_arrival()
+            if response.num_held_bytes > _MAX_HELD_BYTES:
+                self._transport.pause_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._response is not None:
+        response = self._response
+        if response is not None and exc is None and _ends_with_connection(response):
+            response.is_complete = True
+            response.note_arrival()
+        elif response is not None:
             self._end(
-                self._response,
-                exc or ConnectionResetError(errno.ECONNRESET, "the connection was closed"),
+                response, exc or ConnectionResetError(errno.ECONNRESET, "the connection was closed")
             )
+        self._response = None
+        self._parser = None  # it knows this as its protocol
         self._on_lost(self)
 
-    def _finish(self, response: RankResponse) -> None:
+    # What the parser calls.
+
+    def on_message_begin(self) -> None:
+        if self._response is None or self._response.is_complete:
+            raise ValueError("there is more than was asked for")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        response = self._response
+        if response is not None and not response.status:  # later ones follow the body
+            response.headers[name.lower()] = value
+
+    def on_headers_complete(self) -> None:
+        assert self._response is not None
+        status = self._parser.get_status_code()
+        self._is_interim = 100 <= status < 200
+        if self._is_interim:  # the answer is the one after
+            self._response.headers.clear()
+        else:
+            self._response.status = status
+
+    def on_body(self, body: bytes) -> None:
+        assert self._response is not None
+        self._response.add(body)
+
+    def on_message_complete(self) -> None:
+        if self._response is not None and not self._is_interim:
+            self._response.is_complete = True
+
+    def _finish(self, response: RankResponse, *, has_more: bool) -> None:
         self._response = None
         response.connection = None
-        if not response.is_last:
+        # What the parser says of keeping the connection it says before the end alone.
+        if has_more or b"close" in response.headers.get(b"connection", b"").lower():
+            self.abort()
+        else:
             self._transport.resume_reading()
             self._on_idle(self)
-        else:
-            self._transport.close()
 
     def _end(self, response: RankResponse, error: Exception) -> None:
         self._response = None
         response.connection = None
         response.fail(error)
         self.abort()
+
+
+def _ends_with_connection(response: RankResponse) -> bool:
+    """Whether the body of a response that is not complete has no other end (RFC 9112, section 6.3)."""
+    lengths = (b"content-length", b"transfer-encoding")
+    return response.status > 0 and not any(name in response.headers for name in lengths)

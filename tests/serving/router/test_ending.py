@@ -50,6 +50,12 @@ def runs(pid: int) -> bool:
         return False
 
 
+def test_a_terminals_signals_are_for_the_router_alone() -> None:
+    """``nohup dwdp serve``: a hangup reaches all of its session, and ranks do not ignore it."""
+    with serving(1) as front:
+        assert os.getsid(front.rank(0)["pid"]) != os.getsid(front.process.pid)
+
+
 def test_ctrl_c_and_the_death_of_the_router_leave_no_process_behind() -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         with serving(2) as front:
