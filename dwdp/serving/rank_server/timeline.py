@@ -64,7 +64,8 @@ class Timeline:
         self._take(runtime.drain_spans())
         now_s = time.monotonic()
         with self._lock:
-            lanes = {COMPUTE: list(self._forwards)}
+            forwards = [bar for bar in self._forwards if bar.end_s > now_s - WINDOW_S]
+        lanes = {COMPUTE: forwards}
         names = (EXPOSED_WAIT, *runtime.lanes) if runtime.lanes else ()
         for name in names:
             spans = [span for span in self._spans.get(name, ()) if span.end_s > now_s - WINDOW_S]

@@ -27,7 +27,7 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from dwdp.serving.openai.errors import ApiError, invalid
+from dwdp.serving.openai.errors import ApiError, invalid, unavailable
 from dwdp.serving.router.outlet import EXTENSION, Outlet
 
 _OVERFLOW = 64
@@ -40,6 +40,7 @@ _MAX_AHEAD_BYTES = 1 << 16
 """Once a client has sent more ahead of an answer, it is not read any more. (One read may bring 256 KiB.)"""
 
 _QUEUED_BYTES = struct.Struct("i")
+_RETRY_S = 5.0
 
 
 @dataclass
@@ -206,9 +207,12 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(invalid(msg, code="invalid_http"), "malformed")
 
     def make_room(self) -> None:
-        """Close this connection, which is idle, for another one."""
+        """Close this connection, which is idle, for another one; told why if it has had no answer yet."""
         self._has_given_way = True
         self._uncount()
+        has_begun = self.cycle is None or self._phase is _Phase.HEADERS or self._pending_bytes > 0
+        if has_begun and not self.transport.is_closing():
+            self._write_refusal(too_many_connections())
         self._close()
         self._limits.idle.pop(self, None)
 
@@ -248,7 +252,8 @@ class GuardedProtocol(HttpToolsProtocol):
         return bool(self._unanswered) and self._phase is not _Phase.BODY
 
     def _await_arrival(self) -> None:
-        self._limits.idle[self] = None
+        if self.app is not self._limits.refuse:  # its going makes no room for one that is served
+            self._limits.idle[self] = None
         if self._arrival_timer is None:
             self._arrival_timer = self.loop.call_later(
                 self._limits.header_timeout_s, self._give_up_arrival
@@ -321,13 +326,16 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse(self, error: ApiError, reason: str) -> None:
         """Answer in place of the application if the request has no answer yet, and close."""
         self._limits.on_refusal(reason)
+        self._write_refusal(error)
+        self._close()
+
+    def _write_refusal(self, error: ApiError) -> None:
         if self._phase is _Phase.BODY:
             may_answer = len(self._unanswered) == 1 and not self._unanswered[0].response_started
         else:
             may_answer = not self._unanswered
         if may_answer:
             self.transport.write(_plain_response(error))
-        self._close()
 
     def _close(self) -> None:
         """End the connection when the client has read what is written, for which it has a while."""
@@ -353,6 +361,8 @@ class _AnswerTransport(asyncio.Transport):
         self._has_begun = False
 
     def write(self, data: bytes) -> None:  # type: ignore[override]
+        if self._transport.is_closing():  # uvloop's would raise
+            return
         if self._has_begun:
             self._transport.write(self._take_head() + data)
         else:
@@ -368,7 +378,7 @@ class _AnswerTransport(asyncio.Transport):
         return self._transport.is_closing()
 
     def _flush(self) -> None:
-        if head := self._take_head():
+        if (head := self._take_head()) and not self._transport.is_closing():
             self._transport.write(head)
 
     def _take_head(self) -> bytes:
@@ -376,11 +386,16 @@ class _AnswerTransport(asyncio.Transport):
         return head or b""
 
 
+def too_many_connections() -> ApiError:
+    return unavailable("Too many connections are open", "too_many_connections", _RETRY_S)
+
+
 def _plain_response(error: ApiError) -> bytes:
     body = json.dumps(error.body()).encode()
+    more = "".join(f"{name}: {value}\r\n" for name, value in error.headers().items())
     head = (
         f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        "connection: close\r\n\r\n"
+        f"connection: close\r\n{more}\r\n"
     )
     return head.encode() + body

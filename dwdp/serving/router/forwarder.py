@@ -169,6 +169,7 @@ class Forwarder:
         ]
         if answer.is_stream:
             headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
+            outlet.begin()
         else:
             headers.append((b"content-length", str(len(answer.data)).encode()))
             lease.release()  # the rank is done, however long the client takes to read
@@ -190,15 +191,14 @@ class Forwarder:
             lease.release()  # the client may be slow to read the rest
 
         lease.on_cut(end_on_rank)
-        await send({"type": "http.response.body", "body": answer.data, "more_body": True})
+        outlet.write(answer.data)
         try:
             await answer.response.pipe(outlet.write, outlet.drain)
         except LINK_ERRORS as error:
-            await self._end_cut_stream(lease, error, send)
-        else:
-            await send({"type": "http.response.body", "body": b""})
+            self._end_cut_stream(lease, error, outlet)
+        await send({"type": "http.response.body", "body": b""})
 
-    async def _end_cut_stream(self, lease: Lease, error: Exception, send: Send) -> None:
+    def _end_cut_stream(self, lease: Lease, error: Exception, outlet: Outlet) -> None:
         self._metrics.cut_streams.inc()
         reason = lease.cut_reason or unavailable(
             f"rank {lease.rank.rank} was lost in the midst of this answer; ask again",
@@ -207,8 +207,7 @@ class Forwarder:
         )
         log.warning("a stream ends early: %s (%s)", reason.message, type(error).__name__)
         # A blank line first: the rank may have left an event half written.
-        event = b"\n\n" + error_event(reason)
-        await send({"type": "http.response.body", "body": event})
+        outlet.write(b"\n\n" + error_event(reason))
 
 
 def _reason_of_loss(lease: Lease, error: Exception) -> ApiError | _RankLost:

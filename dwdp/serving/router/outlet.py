@@ -14,7 +14,10 @@ EXTENSION = "dwdp.outlet"
 
 
 class Outlet:
-    """Writes a response whose start was sent by ASGI, chunked; its end is sent by ASGI again."""
+    """Writes the body of a response whose start and end are sent by ASGI.
+
+    In chunks; to a client of HTTP/1.0, which knows none, as it is: there the connection's end is the body's.
+    """
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
@@ -26,12 +29,18 @@ class Outlet:
         assert isinstance(outlet, cls)
         return outlet
 
+    def begin(self) -> None:
+        """Called before the start of the response is sent."""
+        if self._cycle.scope["http_version"] == "1.0":
+            self._cycle.chunked_encoding = False
+
     def write(self, data: bytes) -> bool:
         """Write a piece, not an empty one. False: the client is slow, and :meth:`drain` comes next."""
         cycle = self._cycle
-        if cycle.disconnected:
+        if cycle.disconnected or cycle.transport.is_closing():
             return False
-        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        is_chunked = cycle.chunked_encoding
+        cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if is_chunked else data)
         return not cycle.flow.write_paused
 
     async def drain(self) -> None:

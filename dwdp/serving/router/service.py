@@ -17,7 +17,11 @@ from dwdp.fabric.descriptor_limit import raise_descriptor_limit
 from dwdp.serving.openai.errors import ApiError, unavailable
 from dwdp.serving.router.app import Router, send_error
 from dwdp.serving.router.body import Receive
-from dwdp.serving.router.connection import ConnectionLimits, GuardedProtocol
+from dwdp.serving.router.connection import (
+    ConnectionLimits,
+    GuardedProtocol,
+    too_many_connections,
+)
 from dwdp.serving.router.forwarder import Send
 from dwdp.serving.router.keys import ApiKeys
 from dwdp.serving.router.listening import (
@@ -222,6 +226,4 @@ class _Server(uvicorn.Server):
 
 async def _refuse_connection(scope: dict[str, Any], receive: Receive, send: Send) -> None:
     """Answers on a connection above the limit."""
-    await send_error(
-        unavailable("Too many connections are open", "too_many_connections", _RETRY_S), send
-    )
+    await send_error(too_many_connections(), send)

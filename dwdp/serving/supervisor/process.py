@@ -43,14 +43,16 @@ class RankProcess:
         )
         assert process.stdin is not None
         try:
-            with suppress(ConnectionError):  # it has ended already; its exit code says so
+            # It may have ended already, and its exit code says so. uvloop raises RuntimeError then.
+            with suppress(ConnectionError, RuntimeError):
                 process.stdin.write(start.stdin)
                 await process.stdin.drain()
         except asyncio.CancelledError:
             with suppress(ProcessLookupError):
                 process.kill()
             raise
-        process.stdin.close()
+        with suppress(RuntimeError):
+            process.stdin.close()
         return cls(rank, process)
 
     @property

@@ -113,4 +113,4 @@ class RankTable:
         Every rank that is set up stores or maps every expert, so the memory of all experts lasts as long
         as one such rank does. A group of one always depends on its one rank, which is no news.
         """
-        return len(self.ranks) > 1 and len(self.holders()) <= 1
+        return len(self.ranks) > 1 and len(self.holders()) == 1

@@ -251,7 +251,7 @@ class Supervisor:
         if self._stopping.is_set() or before.holds_memory == rank.state.holds_memory:
             return
         holders = self._table.holders()
-        if self._table.is_memory_at_risk() and holders and before.holds_memory:
+        if self._table.is_memory_at_risk() and before.holds_memory:
             log.warning(
                 "rank %d is the last that has the experts' memory: until another rank is back, losing "
                 "it means that every rank loads from the checkpoint again",

@@ -7,7 +7,10 @@ import http.client
 import io
 import json
 import socket
+import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from typing import Any, cast
 
 import psutil
@@ -264,6 +267,45 @@ def test_a_connection_above_the_limit_is_served_once_there_is_room() -> None:
                 return client.reply().status == 200
 
             eventually(is_served, "the connection is served")
+
+
+def test_no_more_connections_are_served_than_there_may_be() -> None:
+    """Those that are refused make no room for others."""
+    request = post(asked("words"))
+    with serving(1, max_connections=3) as front, ExitStack() as stack:
+        clients = [stack.enter_context(Client(front)) for _ in range(12)]
+        for client in clients:
+            client.send(request[:-2])
+            time.sleep(0.02)
+        for client in clients:
+            with suppress(ConnectionError):
+                client.send(request[-2:])
+        statuses = Counter(client.reply().status for client in clients)
+        assert statuses == {200: 3, 503: 9}
+
+
+def test_who_gives_way_while_its_request_arrives_is_told_so() -> None:
+    request = post(asked("words"))
+    with serving(1, max_connections=2) as front, ExitStack() as stack:
+        early = stack.enter_context(Client(front))
+        early.send(request[:20])
+        others = [stack.enter_context(Client(front)) for _ in range(2)]
+        assert early.reply().error["code"] == "too_many_connections"
+        for client in others:
+            client.send(request)
+            assert client.reply().status == 200
+
+
+def test_a_client_of_http_1_0_gets_a_stream_without_chunks() -> None:
+    with serving(1) as front, Client(front) as client:
+        request = post(asked("words", stream=True, max_tokens=5))
+        client.send(request.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        head, _, body = client.rest().partition(b"\r\n\r\n")
+        assert b" 200 " in head and b"chunked" not in head.lower()
+        events = body.split(b"\n\n")
+        assert events[-2:] == [b"data: [DONE]", b""]
+        assert all(event.startswith(b"data: ") for event in events[:-1])
+        assert len(events) == 5 + 2
 
 
 class Connected:

@@ -334,10 +334,13 @@ def test_connections_above_the_limit_are_told_so() -> None:
         for number, stream in enumerate(busy):
             assert len(stream.texts()) == 100, number
             stream.close()
-        # Idle ones give way: the oldest first.
+        # Idle ones give way: the oldest first, and are told why.
         idle = [stack.enter_context(front.socket()) for _ in range(3)]
         eventually(lambda: front.get("/health/live").status == 200, "there is room again")
-        assert is_closed(idle[0])
+        with idle[0].makefile("rb") as told:
+            answer = told.read()
+        assert b"503" in answer and b"too_many_connections" in answer
+        assert b"retry-after" in answer.lower()
 
 
 def test_nothing_but_loopback_is_bound(front: Front) -> None:

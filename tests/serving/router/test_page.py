@@ -41,9 +41,7 @@ def test_the_page_shows_the_group_and_what_happens_to_it(tmp_path: Path) -> None
                 assert (await page.evaluate(figure(1, "exposed wait"))).startswith("0.13 s")
                 # One bar in the compute lane and one in the fetch lane of each rank.
                 for kind in ("compute", "fetch"):
-                    assert (
-                        await page.evaluate(f"document.querySelectorAll('rect.{kind}').length") == 2
-                    )
+                    await page.eventually(f"document.querySelectorAll('rect.{kind}').length === 2")
                 assert await page.evaluate(LEGEND) == ["compute", "fetch"]
                 assert await page.evaluate(NOTES) == ["", ""]
                 assert await page.evaluate("document.getElementById('risk').hidden")
