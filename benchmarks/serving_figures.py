@@ -85,14 +85,17 @@ class Verdict:
 
 
 def judge_survival(survival: Survival) -> list[Verdict]:
-    recoveries = survival.recoveries_s or [float("nan")]
+    recoveries = survival.recoveries_s
+    back = "no rank was back before the end"
+    if recoveries:
+        median_s, longest_s = statistics.median(recoveries), max(recoveries)
+        back = f"a rank is back after {median_s:.1f} s (at most {longest_s:.1f})"
     what = (
         f"survival, {survival.requests} requests, {survival.kills} kills, {survival.wall_s:.0f} s"
     )
     figures = (
         f"{survival.lost} lost without a token, {survival.cut_streams} streams cut with an error, "
-        f"{survival.wrong} of {survival.completed} answers differ; a rank is back after "
-        f"{statistics.median(recoveries):.1f} s (at most {max(recoveries):.1f})"
+        f"{survival.wrong} of {survival.completed} answers differ; {back}"
     )
     return [Verdict(what, figures, survival.lost == 0 and survival.wrong == 0)]
 
