@@ -19,21 +19,15 @@ class Target:
     """A server to ask.
 
     Attributes:
-        socket: abstract unix socket; None: TCP at ``base_url``.
         headers: sent with every request.
     """
 
     base_url: str
     model: str
-    socket: str | None = None
     headers: Mapping[str, str] | None = None
 
     def session(self) -> aiohttp.ClientSession:
-        connector: aiohttp.BaseConnector = (
-            aiohttp.TCPConnector(limit=0)
-            if self.socket is None
-            else aiohttp.UnixConnector(f"\0{self.socket}", limit=0)
-        )
+        connector = aiohttp.TCPConnector(limit=0)
         return aiohttp.ClientSession(self.base_url, connector=connector, headers=self.headers)
 
 

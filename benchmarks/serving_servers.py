@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from urllib.request import urlopen
 from serving_load import Target
 
 from dwdp.config import DwdpConfig
+from dwdp.serving.environment import rank_command
 from dwdp.serving.rank_server.options import RankOptions
 from dwdp.serving.supervisor.transformers_ranks import TransformersRanks
 
@@ -74,7 +76,7 @@ def dwdp_serve(model_dir: str, num_ranks: int) -> Iterator[Served]:
 
 @contextmanager
 def independent_server(model_dir: str) -> Iterator[Target]:
-    """One server with the whole model and no router in front."""
+    """One server with the whole model and no router in front, reached over TCP as a router is."""
     launcher = TransformersRanks(
         Path(model_dir),
         MODEL,
@@ -86,16 +88,20 @@ def independent_server(model_dir: str) -> Iterator[Target]:
     )
     launcher.new_group()
     start = launcher.start(0, 0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    job = {**json.loads(start.stdin), "socket": str(port)}
     process = subprocess.Popen(
-        start.arguments, env=start.environment, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+        rank_command("serving_tcp_rank"),
+        env=start.environment,
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     try:
-        assert process.stdin is not None and start.endpoint.socket is not None
-        process.stdin.write(start.stdin)
+        assert process.stdin is not None
+        process.stdin.write(json.dumps(job).encode() + b"\n")
         process.stdin.close()
-        target = Target(
-            "http://rank", MODEL, socket=start.endpoint.socket, headers=start.endpoint.headers
-        )
+        target = Target(f"http://127.0.0.1:{port}", MODEL, headers=start.endpoint.headers)
         asyncio.run(_until_ready(target, process))
         yield target
     finally:

@@ -364,7 +364,7 @@ class _AnswerTransport(asyncio.Transport):
         if self._transport.is_closing():  # uvloop's would raise
             return
         if self._has_begun:
-            self._transport.write(self._take_head() + data)
+            self._transport.write(data if self._head is None else self._take_head() + data)
         else:
             self._has_begun = True
             self._head = data
