@@ -194,7 +194,7 @@ class _Call:
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.path: str = scope["path"]
         self.method: str = scope["method"]
-        self.query: str = scope["query_string"].decode("latin-1")
+        self.query: str = scope.get("query_string", b"").decode("latin-1")
         self.headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
